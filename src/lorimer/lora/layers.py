@@ -1,0 +1,311 @@
+"""The trained parameters, and how they sit in the decoder.
+
+All of them are views of one flat float32 buffer, and their gradients of another: the optimizer and
+the gradient norm are one pass over each. The matrix products use copies in the activations' type,
+refreshed after each change. BA is never added to W for training: early updates are smaller than
+one unit in the last place of a bf16 weight and would vanish.
+
+Letters: R stacked ranks, I input features, O stacked outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorimer.errors import ConfigError
+from lorimer.kernels.dispatch import Dropout, Linear, LowRank
+from lorimer.lora.targets import Target
+from lorimer.model.decoder import Adapted, Decoder, NormSlot, Projections, Table
+
+# Distinct dropout masks per step; each token's mask is drawn from them. See LoraDropout.
+MASKS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """The shape of an adapter: rank and alpha for each module path, and what else is trained."""
+
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    rslora: bool = False
+    dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+
+    def scale(self, path: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        rank = self.ranks[path]
+        return self.alphas[path] / (math.sqrt(rank) if self.rslora else rank)
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A trained tensor to be: its names are PEFT's without the `base_model.model.` in front."""
+
+    name: str
+    shape: tuple[int, ...]
+    initial: Callable[[Tensor], object]
+
+
+@dataclass(slots=True)
+class Adapter:
+    """The trained tensors by name, over one flat buffer; made by `inject`."""
+
+    spec: LoraSpec
+    flat: torch.nn.Parameter
+    tensors: dict[str, Tensor]
+    _groups: list[tuple[Projections, list[Target]]] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        return self.flat.numel()
+
+    def refresh(self) -> None:
+        """Bring the copies that matrix products use up to date with the parameters."""
+        with torch.no_grad():
+            for group, targets in self._groups:
+                self._refresh_group(group, targets)
+
+    def _refresh_group(self, group: Projections, targets: list[Target]) -> None:
+        adapted = group.adapted
+        assert adapted is not None
+        if adapted.bias_parameter is not None:
+            adapted.linear.bias_O = adapted.bias_parameter.detach().to(group_dtype(group))
+        low_rank = adapted.linear.low_rank
+        if low_rank is None:
+            return
+        low_rank.down_RI.copy_(adapted.factors[0])
+        for (row, rows, rank, ranks, scale), up in zip(low_rank.spans, adapted.factors[1:], strict=True):
+            low_rank.up_OR[row : row + rows, rank : rank + ranks] = up * scale
+
+    def zero_grad(self) -> None:
+        assert self.flat.grad is not None
+        self.flat.grad.zero_()
+
+
+def group_dtype(group: Projections) -> torch.dtype:
+    """The type a group computes in."""
+    weight: Tensor = group.linear.weight.weight_OI  # type: ignore[attr-defined]
+    return weight.dtype
+
+
+def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed: int = 0) -> Adapter:
+    """Put adapters on these layers of the decoder. At once they change nothing: B begins as zeros.
+
+    A begins uniform in +-1/sqrt(inputs), as PEFT draws it, from a generator seeded by (seed, name).
+    Raises ConfigError for a module to save that cannot be trained in full.
+    """
+    groups = _by_group(decoder, targets, spec)
+    pieces: list[_Piece] = []
+    for group, members in groups:
+        pieces += [_down_piece(target, group, spec, seed) for target in members]
+        pieces += [
+            _Piece(f"{t.path}.lora_B.weight", (t.outputs, spec.ranks[t.path]), torch.Tensor.zero_)
+            for t in members
+        ]
+        pieces += _bias_pieces(group, members, spec)
+    saved = [_saved_slot(decoder, name) for name in spec.modules_to_save]
+    pieces += [
+        _Piece(f"{slot.path}.weight", tuple(value.shape), _copy_from(value)) for slot, value in saved
+    ]
+    adapter = _allocate(pieces, spec, decoder.device)
+    adapter._groups = groups
+    for group, members in groups:
+        _attach(group, members, adapter)
+    for slot, _ in saved:
+        slot.trained = adapter.tensors[f"{slot.path}.weight"]
+    _tie(decoder)
+    adapter.refresh()
+    return adapter
+
+
+def remove(decoder: Decoder) -> None:
+    """Take every adapter off the decoder; its frozen weights were never changed."""
+    for group in decoder.projections():
+        group.adapted = None
+    for slot in (*decoder.norms(), decoder.embedding, decoder.head):
+        slot.trained = None
+
+
+def _by_group(
+    decoder: Decoder, targets: Sequence[Target], spec: LoraSpec
+) -> list[tuple[Projections, list[Target]]]:
+    chosen = {target.path for target in targets}
+    groups = []
+    for group in decoder.projections():
+        members = [Target(group, i) for i in range(len(group.names))]
+        members = [target for target in members if target.path in chosen]
+        if members or (spec.bias == "all" and group.linear.bias_O is not None):
+            groups.append((group, members))
+    return groups
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _down_piece(target: Target, group: Projections, spec: LoraSpec, seed: int) -> _Piece:
+    bound = 1.0 / math.sqrt(group.inputs)
+    generator = _generator(seed, target.path)
+    return _Piece(
+        f"{target.path}.lora_A.weight",
+        (spec.ranks[target.path], group.inputs),
+        lambda tensor: tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)),
+    )
+
+
+def _bias_pieces(group: Projections, members: Sequence[Target], spec: LoraSpec) -> list[_Piece]:
+    """Biases are trained for a whole stacked group or for none of it: the group shares one buffer."""
+    if spec.bias == "none" or group.linear.bias_O is None:
+        return []
+    if spec.bias == "lora_only" and len(members) != len(group.names):
+        raise ConfigError(
+            f"`lora.bias: lora_only` needs adapters on all of {', '.join(group.names)} or on none",
+            fix="Add the missing names to `lora.target_modules`, or use `bias: none` or `bias: all`.",
+        )
+    pieces = []
+    start = 0
+    for name, rows in zip(group.names, group.rows, strict=True):
+        bias = group.linear.bias_O[start : start + rows]
+        pieces.append(_Piece(f"{group.path}.{name}.bias", (rows,), _copy_from(bias)))
+        start += rows
+    return pieces
+
+
+def _copy_from(source: Tensor) -> Callable[[Tensor], object]:
+    return lambda tensor: tensor.copy_(source)
+
+
+def _saved_slot(decoder: Decoder, name: str) -> tuple[NormSlot | Table, Tensor]:
+    """The norm, embedding or head meant by a `modules_to_save` entry, and its weight."""
+    for table in (decoder.embedding, decoder.head):
+        if table.path == name or table.path.endswith("." + name):
+            return table, table.weight.dequantise(torch.float32)
+    for slot in decoder.norms():
+        if slot.path == name:
+            return slot, slot.weight_H
+    raise ConfigError(
+        f"`lora.modules_to_save` names `{name}`, which cannot be trained in full here",
+        fix="It can hold `embed_tokens`, `lm_head`, or the whole path of a norm such as `model.norm`.",
+    )
+
+
+def _tie(decoder: Decoder) -> None:
+    """A tied head follows its embedding: one trained tensor serves both."""
+    if not decoder.spec.tied_head:
+        return
+    trained = decoder.embedding.trained if decoder.embedding.trained is not None else decoder.head.trained
+    decoder.embedding.trained = decoder.head.trained = trained
+
+
+def _allocate(pieces: Sequence[_Piece], spec: LoraSpec, device: torch.device) -> Adapter:
+    """One flat buffer, and for each piece a leaf tensor that is a view of it, gradient included."""
+    total = sum(math.prod(piece.shape) for piece in pieces)
+    flat = torch.nn.Parameter(torch.empty(total, dtype=torch.float32, device=device))
+    flat.grad = torch.zeros_like(flat)
+    tensors = {}
+    start = 0
+    for piece in pieces:
+        size = math.prod(piece.shape)
+        tensors[piece.name] = _leaf(flat, start, piece.shape)
+        with torch.no_grad():
+            piece.initial(tensors[piece.name])
+        start += size
+    return Adapter(spec, flat, tensors)
+
+
+def _leaf(flat: torch.nn.Parameter, start: int, shape: tuple[int, ...]) -> Tensor:
+    assert flat.grad is not None
+    part = slice(start, start + math.prod(shape))
+    leaf = flat.data[part].view(shape).requires_grad_()
+    leaf.grad = flat.grad[part].view(shape)
+    return leaf
+
+
+def _attach(group: Projections, members: list[Target], adapter: Adapter) -> None:
+    linear = Linear(group.linear.weight, group.linear.bias_O)
+    group.adapted = Adapted(linear)
+    if members:
+        _attach_factors(group, members, adapter, group.adapted)
+    names = [f"{group.path}.{name}.bias" for name in group.names]
+    if names[0] in adapter.tensors:
+        group.adapted.bias_parameter = _neighbours([adapter.tensors[name] for name in names], adapter)
+
+
+def _attach_factors(group: Projections, members: list[Target], adapter: Adapter, adapted: Adapted) -> None:
+    spec = adapter.spec
+    starts = [sum(group.rows[: target.position]) for target in members]
+    ranks = [spec.ranks[target.path] for target in members]
+    firsts = [sum(ranks[:i]) for i in range(len(ranks))]
+    downs = [adapter.tensors[f"{target.path}.lora_A.weight"] for target in members]
+    ups = [adapter.tensors[f"{target.path}.lora_B.weight"] for target in members]
+    adapted.factors = (_neighbours(downs, adapter), *ups)
+    dtype, device = group_dtype(group), adapter.flat.device
+    adapted.linear.low_rank = LowRank(
+        down_RI=torch.empty((sum(ranks), group.inputs), dtype=dtype, device=device),
+        up_OR=torch.zeros((sum(group.rows), sum(ranks)), dtype=dtype, device=device),
+        spans=tuple(
+            (start, target.outputs, first, rank, spec.scale(target.path))
+            for start, target, first, rank in zip(starts, members, firsts, ranks, strict=True)
+        ),
+    )
+
+
+def _neighbours(parts: Sequence[Tensor], adapter: Adapter) -> Tensor:
+    """One leaf over tensors that lie next to each other in the flat buffer, stacked by rows."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    return _leaf(adapter.flat, parts[0].storage_offset(), (rows, *parts[0].shape[1:]))
+
+
+class LoraDropout:
+    """Dropout masks as a function of (seed, step, row, position, module), never of hidden state.
+
+    Each step draws a pool of MASKS masks for each input size; a token takes the one that a hash of
+    its row, position and module points to. So masks are the same however a step is split or packed,
+    and resuming needs nothing restored. Two tokens share a mask once in 4096 times. Projections that
+    share an input share its mask.
+    """
+
+    def __init__(self, probability: float, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.keep = 1.0 - probability
+        self.seed, self.dtype, self.device = seed, dtype, device
+        self._step = -1
+        self._pools: dict[int, Tensor] = {}
+
+    def for_pack(
+        self, step: int, rows: Sequence[int], lengths: Sequence[int]
+    ) -> Callable[[int, int], Dropout]:
+        """The masks of one pack: call with a projection group's number and input size."""
+        if step != self._step:
+            self._step, self._pools = step, {}
+        row_T = torch.repeat_interleave(torch.tensor(rows), torch.tensor(lengths))
+        position_T = torch.cat([torch.arange(length) for length in lengths])
+
+        def masks(number: int, inputs: int) -> Dropout:
+            picks_T = _mix(row_T * 1_000_003 + position_T * 8191 + number * 131 + self.seed) % MASKS
+            return Dropout(self._pool(step, inputs), picks_T.to(self.device))
+
+        return masks
+
+    def _pool(self, step: int, inputs: int) -> Tensor:
+        if inputs not in self._pools:
+            generator = _generator(self.seed, f"dropout/{step}/{inputs}")
+            kept = torch.rand((MASKS, inputs), generator=generator) < self.keep
+            self._pools[inputs] = (kept / self.keep).to(self.device, self.dtype)
+        return self._pools[inputs]
+
+
+def _mix(value: Tensor) -> Tensor:
+    """An integer hash (splitmix64's steps, wrapped to int64): neighbours land far apart."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        value = (value ^ (value >> shift)) * factor
+    return (value ^ (value >> 31)) & 0x7FFFFFFFFFFFFFFF

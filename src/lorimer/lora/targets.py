@@ -1,0 +1,134 @@
+"""Which linear layers get an adapter: `target_modules` and `layers` against what the model has."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorimer.errors import ConfigError
+from lorimer.model.decoder import Decoder, Projections
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One linear layer of a stacked group: `group.names[position]`."""
+
+    group: Projections
+    position: int
+
+    @property
+    def path(self) -> str:
+        return f"{self.group.path}.{self.group.names[self.position]}"
+
+    @property
+    def name(self) -> str:
+        return self.group.names[self.position]
+
+    @property
+    def layer(self) -> int:
+        match = LAYER.search(self.path)
+        assert match is not None
+        return int(match.group(1))
+
+    @property
+    def outputs(self) -> int:
+        return self.group.rows[self.position]
+
+
+def all_targets(decoder: Decoder) -> list[Target]:
+    """Every linear layer that can carry an adapter, in the order of computation."""
+    return [Target(group, i) for group in decoder.projections() for i in range(len(group.names))]
+
+
+def select_targets(
+    decoder: Decoder, target_modules: str | Sequence[str], layers: str | Sequence[int] | None = None
+) -> list[Target]:
+    """The linear layers meant by the settings `lora.target_modules` and `lora.layers`.
+
+    Raises ConfigError naming what exists if something matches nothing.
+    """
+    targets = all_targets(decoder)
+    chosen = _by_module(targets, target_modules)
+    if layers is not None:
+        wanted = _layer_numbers(layers, decoder.spec.layers)
+        chosen = [target for target in chosen if target.layer in wanted]
+        if not chosen:
+            raise ConfigError(
+                f"`lora.layers: {layers}` leaves none of the modules that `lora.target_modules` chose",
+                fix="Widen one of the two.",
+            )
+    return chosen
+
+
+def _by_module(targets: list[Target], wanted: str | Sequence[str]) -> list[Target]:
+    names = sorted({target.name for target in targets})
+    presets = {"all-linear": tuple(names), "attention": ATTENTION, "mlp": MLP}
+    if isinstance(wanted, str):
+        if wanted not in presets and wanted not in names:
+            return _by_pattern(targets, wanted)
+        wanted = presets.get(wanted, (wanted,))
+    for name in wanted:
+        if not any(_named(target, name) for target in targets):
+            close = difflib.get_close_matches(name, names, 1)
+            raise ConfigError(
+                f"`lora.target_modules` names `{name}`, which this model does not have",
+                fix=(f"Did you mean `{close[0]}`? " if close else "") + f"It has: {', '.join(names)}.",
+            )
+    return [target for target in targets if any(_named(target, name) for name in wanted)]
+
+
+def _named(target: Target, name: str) -> bool:
+    """A module's last name or the end of its path, as PEFT matches lists."""
+    return target.path == name or target.path.endswith("." + name)
+
+
+def _by_pattern(targets: list[Target], pattern: str) -> list[Target]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"`lora.target_modules: {pattern}` is not a valid pattern: {error}") from error
+    chosen = [target for target in targets if compiled.fullmatch(target.path)]
+    if not chosen:
+        raise ConfigError(
+            f"`lora.target_modules: {pattern}` matches no linear layer",
+            fix=f"A pattern must match a whole path such as `{targets[0].path}`; "
+            "or use all-linear, attention, mlp, or a list of names.",
+        )
+    return chosen
+
+
+def _layer_numbers(layers: str | Sequence[int], count: int) -> set[int]:
+    """`[0, 5]`, `8-15` (both ends included) or `last:4`."""
+    if not isinstance(layers, str):
+        numbers = set(layers)
+    elif match := re.fullmatch(r"last:(\d+)", layers.strip()):
+        numbers = set(range(count - int(match.group(1)), count))
+    elif match := re.fullmatch(r"(\d+)-(\d+)", layers.strip()):
+        numbers = set(range(int(match.group(1)), int(match.group(2)) + 1))
+    else:
+        raise ConfigError(
+            f"`lora.layers: {layers}` is not understood", fix="Give a list, `8-15`, or `last:4`."
+        )
+    if not numbers or min(numbers) < 0 or max(numbers) >= count:
+        raise ConfigError(
+            f"`lora.layers: {layers}` goes outside the model", fix=f"It has layers 0 to {count - 1}."
+        )
+    return numbers
+
+
+def describe_targets(targets: Sequence[Target], layers: int) -> str:
+    """`q_proj, v_proj in 30 layers` or, where layers differ, each name with its count."""
+    counts: dict[str, int] = {}
+    for target in targets:
+        counts[target.name] = counts.get(target.name, 0) + 1
+    if len(set(counts.values())) == 1:
+        number = next(iter(counts.values()))
+        where = f"all {layers} layers" if number == layers else f"{number} of {layers} layers"
+        return f"{', '.join(counts)} in {where}"
+    return ", ".join(f"{name} x{count}" for name, count in counts.items())

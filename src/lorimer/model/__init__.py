@@ -1,0 +1,9 @@
+"""ids -> hidden states -> logits: one decoder for every architecture.
+
+spec.py       what differs between architectures, as data
+families.py   config.json -> ModelSpec, one short function for each architecture
+rope.py       rotary position frequencies and all their scalings
+decoder.py    the one decoder
+cache.py      keys and values kept between generated tokens
+load.py       weights streamed from a base into a decoder
+"""

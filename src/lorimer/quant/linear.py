@@ -1,0 +1,70 @@
+"""A frozen weight: stored in some way, never trained.
+
+Every storage kind offers the same five things: forward, input gradient, rows (for an embedding),
+nbytes and dequantise. Nothing ever computes a gradient of the weight itself.
+
+Letters: T tokens, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class FrozenLinear(Protocol):
+    """A weight [O, I] in some storage."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor:
+        """input @ W^T, plus `onto_TO` if given: [T, O]."""
+        ...
+
+    def input_grad(self, grad_TO: Tensor) -> Tensor:
+        """grad @ W: [T, I]."""
+        ...
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """The rows of W at these indices: [T, I]."""
+        ...
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as a dense [O, I] tensor."""
+        ...
+
+
+class DenseLinear:
+    """A weight kept as it is computed with: bf16 or fp32."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.weight_OI = weight_OI
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight_OI.shape
+        return rows, columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_OI.nbytes
+
+    def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor:
+        if onto_TO is None:
+            return input_TI @ self.weight_OI.t()
+        return torch.addmm(onto_TO, input_TI, self.weight_OI.t())
+
+    def input_grad(self, grad_TO: Tensor) -> Tensor:
+        return grad_TO @ self.weight_OI
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        return self.weight_OI.index_select(0, ids_T)
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.weight_OI.to(dtype)
