@@ -6,13 +6,9 @@ classes. Reading YAML, overrides and the messages for wrong keys are in `read_co
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from lorimer.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "never"]
@@ -95,7 +91,7 @@ class LoraConfig(Block):
 
 class TrainConfig(Block):
     epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps.")
+    max_steps: int | None = Field(None, ge=1, description="Train for this many optimizer steps, whatever `epochs` says.")
     batch_size: int = Field(16, ge=1, description="Rows per optimizer step.")
     micro_batch_tokens: int | None = Field(
         None,

@@ -36,7 +36,8 @@ class LoraSpec:
     rslora: bool = False
     dropout: float = 0.0
     bias: str = "none"
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()  # whole paths
+    tie: bool = False  # a tied embedding and head stay one tensor while trained
 
     def scale(self, path: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA."""
@@ -75,8 +76,8 @@ class Adapter:
     def _refresh_group(self, group: Projections, targets: list[Target]) -> None:
         adapted = group.adapted
         assert adapted is not None
-        if adapted.bias_parameter is not None:
-            adapted.linear.bias_O = adapted.bias_parameter.detach().to(group_dtype(group))
+        if adapted.biases:
+            adapted.linear.bias_O = torch.cat(adapted.biases).to(group_dtype(group))
         low_rank = adapted.linear.low_rank
         if low_rank is None:
             return
@@ -84,9 +85,10 @@ class Adapter:
         for (row, rows, rank, ranks, scale), up in zip(low_rank.spans, adapted.factors[1:], strict=True):
             low_rank.up_OR[row : row + rows, rank : rank + ranks] = up * scale
 
-    def zero_grad(self) -> None:
-        assert self.flat.grad is not None
-        self.flat.grad.zero_()
+    def decay_parts(self) -> tuple[Tensor, Tensor]:
+        """The buffer in two: matrices, which weight decay applies to, then biases and norms."""
+        matrices = sum({t.data_ptr(): t.numel() for t in self.tensors.values() if t.dim() > 1}.values())
+        return _leaf(self.flat, 0, (matrices,)), _leaf(self.flat, matrices, (self.parameters - matrices,))
 
 
 def group_dtype(group: Projections) -> torch.dtype:
@@ -110,17 +112,20 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
             for t in members
         ]
         pieces += _bias_pieces(group, members, spec)
-    saved = [_saved_slot(decoder, name) for name in spec.modules_to_save]
-    pieces += [
-        _Piece(f"{slot.path}.weight", tuple(value.shape), _copy_from(value)) for slot, value in saved
-    ]
+    slots = [slot for path in spec.modules_to_save for slot in find_slots(decoder, path)]
+    head = decoder.head if spec.tie and decoder.head in slots else None
+    for slot in slots:
+        if slot is not head:
+            value = _slot_value(slot)
+            pieces.append(_Piece(f"{slot.path}.weight", tuple(value.shape), _copy_from(value)))
     adapter = _allocate(pieces, spec, decoder.device)
     adapter._groups = groups
     for group, members in groups:
         _attach(group, members, adapter)
-    for slot, _ in saved:
+    if head is not None:
+        adapter.tensors[f"{head.path}.weight"] = adapter.tensors[f"{decoder.embedding.path}.weight"]
+    for slot in slots:
         slot.trained = adapter.tensors[f"{slot.path}.weight"]
-    _tie(decoder)
     adapter.refresh()
     return adapter
 
@@ -162,51 +167,54 @@ def _down_piece(target: Target, group: Projections, spec: LoraSpec, seed: int) -
 
 
 def _bias_pieces(group: Projections, members: Sequence[Target], spec: LoraSpec) -> list[_Piece]:
-    """Biases are trained for a whole stacked group or for none of it: the group shares one buffer."""
     if spec.bias == "none" or group.linear.bias_O is None:
         return []
-    if spec.bias == "lora_only" and len(members) != len(group.names):
-        raise ConfigError(
-            f"`lora.bias: lora_only` needs adapters on all of {', '.join(group.names)} or on none",
-            fix="Add the missing names to `lora.target_modules`, or use `bias: none` or `bias: all`.",
-        )
-    pieces = []
-    start = 0
-    for name, rows in zip(group.names, group.rows, strict=True):
-        bias = group.linear.bias_O[start : start + rows]
-        pieces.append(_Piece(f"{group.path}.{name}.bias", (rows,), _copy_from(bias)))
-        start += rows
-    return pieces
+    adapted = {target.name for target in members}
+    parts = zip(group.names, group.linear.bias_O.split(group.rows), strict=True)
+    return [
+        _Piece(f"{group.path}.{name}.bias", tuple(part.shape), _copy_from(part))
+        for name, part in parts
+        if spec.bias == "all" or name in adapted
+    ]
 
 
 def _copy_from(source: Tensor) -> Callable[[Tensor], object]:
     return lambda tensor: tensor.copy_(source)
 
 
-def _saved_slot(decoder: Decoder, name: str) -> tuple[NormSlot | Table, Tensor]:
-    """The norm, embedding or head meant by a `modules_to_save` entry, and its weight."""
-    for table in (decoder.embedding, decoder.head):
-        if table.path == name or table.path.endswith("." + name):
-            return table, table.weight.dequantise(torch.float32)
-    for slot in decoder.norms():
-        if slot.path == name:
-            return slot, slot.weight_H
-    raise ConfigError(
-        f"`lora.modules_to_save` names `{name}`, which cannot be trained in full here",
-        fix="It can hold `embed_tokens`, `lm_head`, or the whole path of a norm such as `model.norm`.",
-    )
+def find_slots(decoder: Decoder, name: str) -> list[NormSlot | Table]:
+    """The norms, embedding or head meant by one entry of `modules_to_save`.
+
+    Raises ConfigError if there is none.
+    """
+    slots = [decoder.embedding, decoder.head, *decoder.norms()]
+    found = [slot for slot in slots if slot.path == name or slot.path.endswith("." + name)]
+    if not found:
+        kinds = dict.fromkeys(slot.path.split(".")[-1] for slot in slots)
+        raise ConfigError(
+            f"`lora.modules_to_save` names `{name}`, which cannot be trained in full",
+            fix=f"It can hold: {', '.join(kinds)}, or the whole path of one of them.",
+        )
+    return found
 
 
-def _tie(decoder: Decoder) -> None:
-    """A tied head follows its embedding: one trained tensor serves both."""
-    if not decoder.spec.tied_head:
-        return
-    trained = decoder.embedding.trained if decoder.embedding.trained is not None else decoder.head.trained
-    decoder.embedding.trained = decoder.head.trained = trained
+def saved_paths(decoder: Decoder, names: Sequence[str]) -> tuple[str, ...]:
+    """Whole paths for `modules_to_save`. A tied embedding and head are trained as one, so one
+    of them brings the other."""
+    paths = list(dict.fromkeys(slot.path for name in names for slot in find_slots(decoder, name)))
+    pair = [decoder.embedding.path, decoder.head.path]
+    if decoder.spec.tied_head and any(path in paths for path in pair):
+        paths += [path for path in pair if path not in paths]
+    return tuple(paths)
 
 
-def _allocate(pieces: Sequence[_Piece], spec: LoraSpec, device: torch.device) -> Adapter:
+def _slot_value(slot: NormSlot | Table) -> Tensor:
+    return slot.weight_H if isinstance(slot, NormSlot) else slot.weight.dequantise(torch.float32)
+
+
+def _allocate(pieces: list[_Piece], spec: LoraSpec, device: torch.device) -> Adapter:
     """One flat buffer, and for each piece a leaf tensor that is a view of it, gradient included."""
+    pieces = sorted(pieces, key=lambda piece: len(piece.shape) < 2)  # stable: matrices first
     total = sum(math.prod(piece.shape) for piece in pieces)
     flat = torch.nn.Parameter(torch.empty(total, dtype=torch.float32, device=device))
     flat.grad = torch.zeros_like(flat)
@@ -235,8 +243,10 @@ def _attach(group: Projections, members: list[Target], adapter: Adapter) -> None
     if members:
         _attach_factors(group, members, adapter, group.adapted)
     names = [f"{group.path}.{name}.bias" for name in group.names]
-    if names[0] in adapter.tensors:
-        group.adapted.bias_parameter = _neighbours([adapter.tensors[name] for name in names], adapter)
+    if group.linear.bias_O is not None and any(name in adapter.tensors for name in names):
+        parts = group.linear.bias_O.float().split(group.rows)
+        pairs = zip(names, parts, strict=True)
+        group.adapted.biases = tuple(adapter.tensors.get(name, part) for name, part in pairs)
 
 
 def _attach_factors(group: Projections, members: list[Target], adapter: Adapter, adapted: Adapted) -> None:

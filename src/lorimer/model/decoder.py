@@ -29,11 +29,15 @@ Dropouts = Callable[[int, int], Dropout]
 
 @dataclass(slots=True)
 class Adapted:
-    """What training puts in place of a frozen group: the same weight with LoRA, biases trained."""
+    """What training puts in place of a frozen group: the same weight with LoRA, biases trained.
+
+    `factors` are the parameters: the stacked A, then each B. `biases` are the biases of each output,
+    trained or not, if at least one is trained.
+    """
 
     linear: Linear
     factors: tuple[Tensor, ...] = ()
-    bias_parameter: Tensor | None = None
+    biases: tuple[Tensor, ...] = ()
 
 
 @dataclass(slots=True)
@@ -71,7 +75,7 @@ class Projections:
             residual_TO=residual_TO,
             dropout=drop,
             norm_parameter=before.trained if isinstance(before, NormSlot) and adapted else None,
-            bias_parameter=chosen.bias_parameter,
+            bias_parameter=torch.cat(chosen.biases) if chosen.biases else None,
             factors=chosen.factors,
         )
 

@@ -1,0 +1,115 @@
+"""The data settings of a run -> examples to train on, and what was done to get them.
+
+This is the walk of a row up to its tokens: read, understood as a conversation, rendered and
+tokenised, held to the length limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lorimer.config import DataConfig
+from lorimer.data.conversation import Conversation, to_conversation
+from lorimer.data.rows import Row, read_rows, split_rows
+from lorimer.data.template import ChatTemplate, Example
+from lorimer.errors import DataError
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What a run trains on, validates on and is proved on; `notes` says what was left out or cut."""
+
+    train: list[Example]
+    valid: list[Example]
+    test: list[Conversation]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.ids) for example in self.train)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(int(example.trained.sum()) for example in self.train)
+
+    def train_hash(self) -> str:
+        """sha256 over what is trained on: token ids and which of them are trained, in order."""
+        digest = hashlib.sha256()
+        for example in self.train:
+            digest.update(len(example.ids).to_bytes(4, "little"))
+            digest.update(example.ids.tobytes() + example.trained.tobytes())
+        return digest.hexdigest()
+
+
+def prepare(config: DataConfig, template: ChatTemplate, *, seed: int) -> Prepared:
+    """Read and tokenise the rows that the settings name. Raises DataError with file and line."""
+    rows = read_rows(config.train)
+    valid = read_rows(config.valid) if config.valid else []
+    test = read_rows(config.test) if config.test else []
+    if config.valid_fraction or config.test_fraction:
+        rows, more_valid, more_test = split_rows(rows, config.valid_fraction, config.test_fraction, seed)
+        valid, test = valid or more_valid, test or more_test
+    notes: list[str] = []
+    return Prepared(
+        train=_examples("train", rows, config, template, notes),
+        valid=_examples("valid", valid, config, template, notes) if valid else [],
+        test=list(conversations(test, config)),
+        notes=notes,
+    )
+
+
+def conversations(rows: Iterable[Row], config: DataConfig) -> Iterable[Conversation]:
+    for row in rows:
+        yield to_conversation(row, config.format, config.system)
+
+
+def _examples(
+    split: str, rows: Sequence[Row], config: DataConfig, template: ChatTemplate, notes: list[str]
+) -> list[Example]:
+    """Tokenise one split and apply `data.too_long`; the notes name the rows it touched."""
+    kept, long, lost = [], [], []
+    for conversation in conversations(rows, config):
+        example = template.encode(conversation, config.train_on)
+        if len(example.ids) > config.max_tokens:
+            long.append(example)
+            if config.too_long == "drop":
+                continue
+            example = Example(
+                example.ids[: config.max_tokens], example.trained[: config.max_tokens], example.place
+            )
+        if not example.trained.any():
+            lost.append(example)
+            continue
+        kept.append(example)
+    _report_long(split, long, config, notes)
+    if lost:
+        notes.append(f"{split}: {len(lost)} rows left out, nothing in them is trained ({_places(lost)})")
+    if not kept:
+        raise DataError(
+            f"no {split} rows are left: {len(long)} of {len(rows)} are longer than "
+            f"{config.max_tokens} tokens, {len(lost)} have nothing to train",
+            fix="Raise `data.max_tokens`, or look at the rows with `lorimer data check`.",
+            path=str(config.train if split == "train" else config.valid),
+        )
+    return kept
+
+
+def _report_long(split: str, long: Sequence[Example], config: DataConfig, notes: list[str]) -> None:
+    if not long:
+        return
+    longest = max(len(example.ids) for example in long)
+    what = f"{len(long)} rows are longer than {config.max_tokens} tokens (longest: {longest})"
+    if config.too_long == "error":
+        raise DataError(
+            f"{split}: {what}: {_places(long)}",
+            fix="Raise `data.max_tokens`, or set `data.too_long` to drop or truncate.",
+        )
+    done = "left out" if config.too_long == "drop" else "cut at the end"
+    notes.append(f"{split}: {what}; {done} ({_places(long)})")
+
+
+def _places(examples: Sequence[Example]) -> str:
+    shown = ", ".join(example.place for example in examples[:3])
+    return shown + (f" and {len(examples) - 3} more" if len(examples) > 3 else "")

@@ -1,0 +1,322 @@
+"""An adapter is a PEFT folder, in and out, with a manifest of what it belongs to.
+
+adapter_config.json         PEFT's LoraConfig
+adapter_model.safetensors   float32, PEFT's names
+lorimer.json                base fingerprint, template and data hashes, versions, lineage
+README.md, tokenizer files  so that the folder can be used on its own
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorimer.bases.safetensors import SafetensorsFile
+from lorimer.config import LoraConfig
+from lorimer.errors import AdapterError
+from lorimer.lora.layers import Adapter, LoraSpec, inject, saved_paths
+from lorimer.lora.targets import Target, all_targets, select_targets
+from lorimer.model.decoder import Decoder
+from lorimer.storage import write_folder
+
+WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "lorimer.json"
+PREFIX = "base_model.model."
+# What PEFT can do to a LoRA that would change its result and is not computed here.
+NOT_SUPPORTED = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter folder that was read and found whole: its settings, tensors and manifest."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    ours: dict[str, Any]
+
+    @property
+    def base(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+
+def new_adapter(decoder: Decoder, config: LoraConfig, *, seed: int) -> tuple[Adapter, list[Target]]:
+    """A fresh adapter as the settings say, put on the decoder. It changes nothing yet."""
+    targets = select_targets(decoder, config.target_modules, config.layers)
+    paths = [target.path for target in targets]
+    spec = LoraSpec(
+        ranks=dict.fromkeys(paths, config.r),
+        alphas=dict.fromkeys(paths, config.alpha),
+        rslora=config.rslora,
+        dropout=config.dropout,
+        bias=config.bias,
+        modules_to_save=saved_paths(decoder, config.modules_to_save),
+        tie=decoder.spec.tied_head,
+    )
+    return inject(decoder, targets, spec, seed=seed), targets
+
+
+def is_adapter(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def read_adapter(path: Path) -> AdapterFiles:
+    """Read an adapter folder. Raises AdapterError if a file is missing, broken or not supported."""
+    config = _read_json(path / CONFIG, "an adapter's settings")
+    ours = _read_json(path / OURS, "an adapter's manifest") if (path / OURS).is_file() else {}
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise AdapterError(
+            f"the adapter is of the kind {config.get('peft_type')} (wanted: LORA)", path=path / CONFIG
+        )
+    used = [name for name in NOT_SUPPORTED if config.get(name)]
+    if used:
+        raise AdapterError(
+            f"the adapter uses {', '.join(used)}, which is not supported",
+            fix="Merge it with the tool that made it, and use the merged model as a base.",
+            path=path / CONFIG,
+        )
+    if not (path / WEIGHTS).is_file():
+        pickled = " (adapter_model.bin is a pickle and is not read)" * (path / "adapter_model.bin").exists()
+        raise AdapterError(f"{WEIGHTS} is missing{pickled}", path=path)
+    file = SafetensorsFile(path / WEIGHTS)
+    tensors = {name: file.tensor(name) for name in file.tensors}
+    stray = [name for name in tensors if not name.startswith(PREFIX)]
+    if stray or not tensors:
+        what = f"`{stray[0]}` is not a name that PEFT writes" if stray else "it holds no tensors"
+        raise AdapterError(f"the adapter's weights cannot be used: {what}", path=path / WEIGHTS)
+    named = {name.removeprefix(PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}
+    bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AdapterError(f"`{bad[0]}` holds NaN or infinity", path=path / WEIGHTS)
+    return AdapterFiles(path, config, named, ours)
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{path.name} is missing", fix="Give an adapter folder as PEFT writes it.", path=path.parent
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{what} cannot be read: {error}", path=path) from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{what} should be a JSON object", path=path)
+    return value
+
+
+def attach_adapter(
+    decoder: Decoder, files: AdapterFiles, *, fingerprint: str | None = None, force: bool = False
+) -> Adapter:
+    """Put a saved adapter on the decoder.
+
+    Every tensor must find its place and every place its tensor. `fingerprint` is the base's: an
+    adapter that says it was trained on another is refused unless `force`. Raises AdapterError.
+    """
+    made_for = files.ours.get("base", {}).get("fingerprint")
+    if made_for and fingerprint and made_for != fingerprint and not force:
+        raise AdapterError(
+            f"the adapter was trained on another base: {files.base} with the fingerprint "
+            f"{made_for[:12]} (this one: {fingerprint[:12]})",
+            fix="Use the base it was trained on; on a differently stored copy of the same weights, "
+            "add --force.",
+            path=files.path,
+        )
+    spec, targets = _spec_of(decoder, files)
+    adapter = inject(decoder, targets, spec)
+    wanted = set(adapter.tensors)
+    found = set(files.tensors)
+    if wanted != found:
+        missing, extra = sorted(wanted - found), sorted(found - wanted)
+        what = f"`{missing[0]}` is missing" if missing else f"`{extra[0]}` has no place in this model"
+        raise AdapterError(f"the adapter does not fit the base: {what}", path=files.path / WEIGHTS)
+    with torch.no_grad():
+        for name, tensor in adapter.tensors.items():
+            if tensor.shape != files.tensors[name].shape:
+                raise _misfit(files, name, tuple(tensor.shape))
+            tensor.copy_(files.tensors[name])
+    adapter.refresh()
+    return adapter
+
+
+def _misfit(files: AdapterFiles, name: str, wanted: tuple[int, ...]) -> AdapterError:
+    return AdapterError(
+        f"the adapter is for another base: `{name}` has the shape "
+        f"{list(files.tensors[name].shape)} (wanted: {list(wanted)})",
+        fix=f"It says that it was trained on {files.base}.",
+        path=files.path / WEIGHTS,
+    )
+
+
+def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Target]]:
+    """What the tensors themselves say is adapted; scales from the settings."""
+    known = {target.path: target for target in all_targets(decoder)}
+    suffix = ".lora_A.weight"
+    paths = [name.removesuffix(suffix) for name in files.tensors if name.endswith(suffix)]
+    strangers = [path for path in paths if path not in known]
+    if strangers:
+        raise AdapterError(
+            f"the adapter is for another base: this one has no module `{strangers[0]}`",
+            fix=f"It says that it was trained on {files.base}.",
+            path=files.path,
+        )
+    slots = [decoder.embedding, decoder.head, *decoder.norms()]
+    saved = tuple(slot.path for slot in slots if f"{slot.path}.weight" in files.tensors)
+    pair = [files.tensors.get(f"{table.path}.weight") for table in (decoder.embedding, decoder.head)]
+    one = pair[0] is not None and pair[1] is not None and torch.equal(pair[0], pair[1])
+    spec = LoraSpec(
+        ranks={path: files.tensors[path + suffix].shape[0] for path in paths},
+        alphas={path: _alpha(files.config, path) for path in paths},
+        rslora=bool(files.config.get("use_rslora", False)),
+        dropout=float(files.config.get("lora_dropout", 0.0)),
+        bias=str(files.config.get("bias", "none")),
+        modules_to_save=saved,
+        tie=decoder.spec.tied_head and one,
+    )
+    return spec, [known[path] for path in sorted(paths, key=list(known).index)]
+
+
+def _alpha(config: Mapping[str, Any], path: str) -> float:
+    """PEFT's alpha_pattern: a key is the end of a path, or a pattern for it."""
+    import re
+
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return float(value)
+    if config.get("lora_alpha") is None:
+        raise AdapterError(f"{CONFIG} does not say `lora_alpha`")
+    return float(config["lora_alpha"])
+
+
+def save_adapter(
+    path: Path,
+    adapter: Adapter,
+    decoder: Decoder,
+    *,
+    base: str,
+    ours: Mapping[str, Any],
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the adapter as a PEFT folder, whole or not at all. Raises StorageError."""
+    write_folder(path, lambda folder: fill_adapter(folder, adapter, decoder, base, ours, extra_files or {}))
+
+
+def fill_adapter(
+    folder: Path,
+    adapter: Adapter,
+    decoder: Decoder,
+    base: str,
+    ours: Mapping[str, Any],
+    extra_files: Mapping[str, bytes],
+) -> None:
+    """The files of an adapter, into an existing folder."""
+    from safetensors.torch import save
+
+    config = peft_config(adapter, decoder, base)
+    for name, content in extra_files.items():
+        (folder / name).write_bytes(content)
+    tensors = {_peft_name(name, adapter): t.detach().cpu().clone() for name, t in adapter.tensors.items()}
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / OURS).write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(config), encoding="utf-8")
+
+
+def _peft_name(name: str, adapter: Adapter) -> str:
+    """PEFT keeps the bias of an adapted module under its `base_layer`."""
+    module, _, kind = name.rpartition(".")
+    if kind == "bias" and f"{module}.lora_A.weight" in adapter.tensors:
+        return f"{PREFIX}{module}.base_layer.bias"
+    return PREFIX + name
+
+
+def peft_config(adapter: Adapter, decoder: Decoder, base: str) -> dict[str, Any]:
+    """adapter_config.json: what PEFT needs to build the same modules."""
+    spec = adapter.spec
+    paths = list(spec.ranks)
+    ranks, alphas = list(spec.ranks.values()), list(spec.alphas.values())
+    r = max(set(ranks), key=ranks.count)
+    alpha = max(set(alphas), key=alphas.count)
+    names, layers = _compact(paths, decoder)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": spec.dropout,
+        "target_modules": names,
+        "layers_to_transform": layers,
+        "layers_pattern": None,
+        "rank_pattern": {path: rank for path, rank in spec.ranks.items() if rank != r},
+        "alpha_pattern": {path: _plain(value) for path, value in spec.alphas.items() if value != alpha},
+        "bias": spec.bias,
+        "use_rslora": spec.rslora,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": list(spec.modules_to_save) or None,
+    }
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _compact(paths: Sequence[str], decoder: Decoder) -> tuple[list[str], list[int] | None]:
+    """The shortest settings that choose exactly these modules: names, names in some layers, or paths."""
+    targets = all_targets(decoder)
+    chosen = set(paths)
+    names = sorted({target.name for target in targets if target.path in chosen})
+    layers = sorted({target.layer for target in targets if target.path in chosen})
+    product = {t.path for t in targets if t.name in names and t.layer in layers}
+    if product != chosen:
+        return sorted(paths), None
+    return names, None if len(layers) == decoder.spec.layers else layers
+
+
+def _readme(config: Mapping[str, Any]) -> str:
+    base = config["base_model_name_or_path"]
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [lora, lorimer]
+---
+
+# LoRA adapter for {base}
+
+Trained with lorimer: r {config["r"]}, alpha {config["lora_alpha"]}, on {", ".join(config["target_modules"][:8])}.
+
+    lorimer chat FOLDER          answer with it
+    lorimer merge FOLDER --out M a full model
+
+In Python with PEFT: `PeftModel.from_pretrained(base_model, FOLDER)`.
+`lorimer.json` says which base, template and data it belongs to.
+"""
+
+
+def trainable_line(adapter: Adapter, base_parameters: int) -> str:
+    """PEFT's line: `trainable params: 4,884,480 || all params: 139,399,488 || trainable%: 3.5039`."""
+    trained = adapter.parameters
+    total = base_parameters + trained
+    return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"

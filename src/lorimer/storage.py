@@ -1,0 +1,164 @@
+"""Writing that is whole or not there at all.
+
+A file is written beside its target, fsynced and renamed over it. A folder is staged under a hidden
+name in the same parent, every file fsynced, a manifest with sizes and sha256 written last, then one
+rename and an fsync of the parent. What fails says which path, and how much space is needed and free.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorimer.errors import StorageError
+
+MANIFEST = "manifest.json"
+STAGED = ".staged-"
+
+
+@contextmanager
+def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an operating system's error into a StorageError that names the path and the space."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, path, needed) from error
+
+
+def explain(error: OSError, path: Path, needed: int | None = None) -> StorageError:
+    """One message for an operating system's error while writing under `path`."""
+    space = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        wanted = "" if needed is None else f"{needed:,} bytes needed, "
+        space = f" ({wanted}{free_bytes(path):,} bytes free)"
+    reason = error.strerror or str(error)
+    return StorageError(
+        f"cannot write: {reason}{space}",
+        fix="Free space or permissions there, or choose another folder with `output.dir`.",
+        path=error.filename if isinstance(error.filename, str) else path,
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds `path`, or would."""
+    for place in (path, *path.absolute().parents):
+        if place.exists():
+            return shutil.disk_usage(place).free
+    return 0
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made if missing, and checked to be writable by writing to it."""
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f"{STAGED}probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    return path
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    staged = path.with_name(f"{STAGED}{path.name}-{os.getpid()}")
+    with storage_errors(path, len(data)):
+        try:
+            staged.write_bytes(data)
+            _sync(staged)
+            os.replace(staged, path)
+            _sync(path.parent)
+        except OSError:
+            staged.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: object) -> None:
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
+    """Make the folder `path` out of what `fill` writes into a staged one; an old one is replaced.
+
+    A failure leaves what was at `path` before, and nothing else.
+    """
+    staged = path.with_name(f"{STAGED}{path.name}-{os.getpid()}")
+    with storage_errors(path):
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            fill(staged)
+            for file in _files(staged):
+                _sync(file)
+            if manifest:
+                _write_manifest(staged)
+            _sync(staged)
+            _swap(staged, path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _swap(staged: Path, path: Path) -> None:
+    """Rename over a missing folder at once; over an existing one by moving that aside first."""
+    if not path.exists():
+        os.rename(staged, path)
+        return
+    aside = path.with_name(f"{STAGED}old-{path.name}-{os.getpid()}")
+    os.rename(path, aside)
+    try:
+        os.rename(staged, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def verify_folder(path: Path) -> str | None:
+    """None if the folder is what its manifest says, else what is wrong with it."""
+    try:
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, wanted in listed.items():
+            file = path / name
+            if file.stat().st_size != wanted["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes (wanted: {wanted['bytes']})"
+            if sha256(file) != wanted["sha256"]:
+                return f"{name} does not have the content that was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"the manifest cannot be read ({error})"
+    return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in _files(folder)
+    }
+    path = folder / MANIFEST
+    path.write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

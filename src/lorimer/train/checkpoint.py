@@ -1,0 +1,117 @@
+"""The state of a run at the end of a step, whole or not at all.
+
+    adapter_model.safetensors, adapter_config.json, lorimer.json   the adapter, a PEFT folder
+    optimizer.safetensors                                          both moments, step counts
+    state.json                                                     step, best, patience, hashes
+    manifest.json                                                  sizes and sha256, written last
+
+Order, learning rate and dropout are functions of (seed, step), so they need no state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorimer.bases.safetensors import SafetensorsFile
+from lorimer.errors import ConfigError, StorageError
+from lorimer.lora.adapter import WEIGHTS
+from lorimer.lora.layers import Adapter
+from lorimer.run import RunFolder
+from lorimer.storage import verify_folder, write_folder
+from lorimer.train.optimizer import AdamW
+
+FORMAT = 1
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is, and what it knows. `step` optimizer steps are done."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    train_seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    data_hash: str = ""
+    base_fingerprint: str = ""
+
+
+def save_checkpoint(
+    run: RunFolder,
+    progress: Progress,
+    optimizer: AdamW,
+    fill_adapter: Callable[[Path], None],
+    *,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `progress.step`, then drop all but the newest `keep`.
+
+    Raises StorageError; the earlier checkpoints are then as they were.
+    """
+    from safetensors.torch import save
+
+    def fill(folder: Path) -> None:
+        fill_adapter(folder)
+        state = {name: value.detach().cpu().contiguous() for name, value in optimizer.state().items()}
+        (folder / OPTIMIZER).write_bytes(save(state))
+        text = json.dumps({"format": FORMAT} | asdict(progress), indent=2)
+        (folder / STATE).write_text(text + "\n", encoding="utf-8")
+
+    path = run.checkpoint(progress.step)
+    write_folder(path, fill)
+    for step in run.saved_steps()[:-keep]:
+        if step != progress.step:
+            shutil.rmtree(run.checkpoint(step), ignore_errors=True)
+    return path
+
+
+def newest_checkpoint(run: RunFolder, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is what its manifest says; damaged ones are passed over aloud."""
+    for step in reversed(run.saved_steps()):
+        path = run.checkpoint(step)
+        damage = verify_folder(path)
+        if damage is None:
+            return path
+        say(f"the checkpoint {path.name} is damaged and not used: {damage}")
+    return None
+
+
+def read_progress(path: Path) -> Progress:
+    """The state of a verified checkpoint. Raises ConfigError for one of another format."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    found = state.pop("format", None)
+    if found != FORMAT:
+        raise ConfigError(
+            f"the checkpoint has the format {found} (this version reads: {FORMAT})",
+            fix="Resume it with the version of lorimer that wrote it.",
+            path=path,
+        )
+    return Progress(**state)
+
+
+def restore(path: Path, adapter: Adapter, optimizer: AdamW) -> None:
+    """Put a verified checkpoint's parameters and optimizer state in place."""
+    import torch
+
+    weights = SafetensorsFile(path / WEIGHTS)
+    by_name = {_own_name(name): name for name in weights.tensors}
+    if set(by_name) != set(adapter.tensors):
+        raise StorageError("the checkpoint's adapter does not fit this run's settings", path=path)
+    with torch.no_grad():
+        for name, tensor in adapter.tensors.items():
+            tensor.copy_(weights.tensor(by_name[name]))
+    adapter.refresh()
+    state = SafetensorsFile(path / OPTIMIZER)
+    optimizer.restore({name: state.tensor(name) for name in state.tensors})
+
+
+def _own_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
