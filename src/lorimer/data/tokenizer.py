@@ -1,0 +1,321 @@
+"""Text <-> ids, with control tokens that only the program can write.
+
+Two backends are built from one tokenizer.json. `plain` is the true tokenizer. `guarded` is the same
+with every added token renamed to a private string that changes with each process. The chat
+template's own markers are swapped for the private names just before encoding; a marker spelled in
+a message is not, so it is tokenised as the ordinary text it is. Everything else about tokenisation
+(merges, stripping around markers, normalisers) stays the reference's, in one pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+from lorimer.bases.open import BaseFiles
+from lorimer.data.vocabulary import tokenizer_json
+from lorimer.errors import BaseError
+
+Json = dict[str, Any]
+LIBRARY_CLASS = "PreTrainedTokenizerFast"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rendered text to encode: its first `trained` characters are what the model learns to write."""
+
+    text: str
+    trained: int
+
+
+class Tokenizer:
+    """Made by `from_base`, `from_json` or `from_gguf`. Ids are those of the tokenizers library."""
+
+    def __init__(self, text: str, config: Mapping[str, Any]) -> None:
+        try:
+            self._plain = tokenizers.Tokenizer.from_str(text)
+            described: Json = json.loads(text)
+        except Exception as error:  # the library raises plain Exception
+            raise BaseError(f"the tokenizer cannot be read: {error}") from error
+        # Truncation and padding of a saved tokenizer would cut rows in silence.
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        self.config = dict(config)
+        self._added = {t["content"]: t for t in described.get("added_tokens", []) if t["content"].strip()}
+        self._nonce = secrets.token_hex(8)
+        self._private = {token: f"\ue000{self._nonce}{n:x}\ue001" for n, token in enumerate(self._added)}
+        self._alias = {token: f"\ue002{self._nonce}{n:x}\ue003" for n, token in enumerate(self._added)}
+        self._spelled = {alias: token for token, alias in self._alias.items()}
+        self._marker = _any_of(self._added)
+        self._special = _any_of([token for token, facts in self._added.items() if facts["special"]])
+        self._aliased = re.compile(f"\ue002{self._nonce}[0-9a-f]+\ue003")
+        self._named = re.compile(f"\ue000{self._nonce}[0-9a-f]+\ue001")
+        self._prefix = _prefix_scheme(described)
+        self._guarded = tokenizers.Tokenizer.from_str(json.dumps(self._renamed(described)))
+        self._rest = self._guarded
+        if self._prefix != "none":
+            self._rest = tokenizers.Tokenizer.from_str(
+                json.dumps(_without_prefix(self._renamed(described)))
+            )
+        pairs = [
+            (self._guarded.token_to_id(p), self._plain.token_to_id(t)) for t, p in self._private.items()
+        ]
+        self._true_id = {own: true for own, true in pairs if own != true}
+
+    @classmethod
+    def from_base(cls, base: BaseFiles) -> Tokenizer:
+        """The tokenizer of a base. Raises BaseError if it has none."""
+        if base.tokenizer_json is not None:
+            return cls(base.tokenizer_json, base.tokenizer_config)
+        if base.gguf_metadata is not None:
+            return cls.from_gguf(base.gguf_metadata)
+        raise BaseError(
+            "tokenizer.json is missing",
+            fix="Save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER).",
+            path=base.path,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """The vocabulary in a GGUF file's metadata."""
+        tokens = metadata.get("tokenizer.ggml.tokens") or []
+
+        def token(role: str) -> str | None:
+            number = metadata.get(f"tokenizer.ggml.{role}_token_id")
+            return tokens[number] if isinstance(number, int) and number < len(tokens) else None
+
+        default = metadata.get("tokenizer.ggml.model") == "llama"
+        config = {
+            "bos_token": token("bos"),
+            "eos_token": token("eos"),
+            "unk_token": token("unknown"),
+            "pad_token": token("padding"),
+            "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", default)),
+        }
+        return cls(tokenizer_json(metadata), config)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._plain.get_vocab_size()
+
+    def token_text(self, role: str) -> str | None:
+        """The text of the bos, eos, pad or unk token, if there is one."""
+        value = self.config.get(f"{role}_token")
+        if isinstance(value, dict):
+            value = value.get("content")
+        return value if isinstance(value, str) else None
+
+    def _id_of(self, role: str) -> int | None:
+        text = self.token_text(role)
+        return None if text is None else self._plain.token_to_id(text)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._id_of("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id_of("eos")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id_of("pad")
+
+    @property
+    def eos_ids(self) -> list[int]:
+        return [] if self.eos_id is None else [self.eos_id]
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether plain text gets a bos token in front."""
+        if self.bos_id is None:
+            return False
+        said = self.config.get("add_bos_token")
+        return self._plain.encode("a").ids[:1] == [self.bos_id] if said is None else bool(said)
+
+    def id(self, token: str) -> int | None:
+        return self._plain.token_to_id(token)
+
+    def token(self, number: int) -> str | None:
+        return self._plain.id_to_token(number)
+
+    def is_special(self, number: int) -> bool:
+        """Whether this id is a control token: skipped when answers are decoded."""
+        facts = self._added.get(self.token(number) or "")
+        return facts is not None and bool(facts["special"])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it stands; control tokens spelled in it become control tokens."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a text in which nothing can become a control token."""
+        return self._ids(self._guarded, text)
+
+    def hide(self, text: str, *, own_words: bool = False) -> str:
+        """Swap markers spelled in a message for aliases, so that a template's own stand out.
+
+        `own_words`: in an assistant's message the added tokens that are not control tokens
+        (`<think>`, `<tool_call>`) stay, because the model itself writes them.
+        """
+        pattern = self._special if own_words else self._marker
+        return pattern.sub(lambda match: self._alias[match.group()], text) if pattern else text
+
+    def show(self, text: str) -> str:
+        """The text with its aliases spelled out again."""
+        return self._aliased.sub(lambda match: self._spelled[match.group()], text)
+
+    def control_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where a rendered text (its contents hidden) has control tokens of the template's own."""
+        return [match.span() for match in self._special.finditer(text)] if self._special else []
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Ids of a rendered text cut before each trained span, and which of them are trained.
+
+        Each piece is encoded on its own, so ids before a trained span are those of the prompt that
+        inference feeds. Only the first piece is a beginning: later ones get no dummy space.
+        """
+        ids: list[int] = []
+        trained: list[bool] = []
+        for number, piece in enumerate(pieces):
+            own, rest = self._swap(piece.text[: piece.trained]), self._swap(piece.text[piece.trained :])
+            for part_ids, starts in self._encode_piece(own + rest, begins=number == 0):
+                ids += part_ids
+                trained += [start < len(own) for start in starts]
+        return ids, trained
+
+    def _encode_piece(self, text: str, *, begins: bool) -> list[tuple[list[int], list[int]]]:
+        """Ids and the character each begins at, in one or two parts."""
+        if begins or self._prefix == "none":
+            return [self._encoded(self._guarded, text, 0)]
+        marker = self._named.search(text)
+        head = len(text) if marker is None or self._prefix == "first" else marker.start()
+        return [self._encoded(self._rest, text[:head], 0), self._encoded(self._guarded, text[head:], head)]
+
+    def _encoded(self, backend: tokenizers.Tokenizer, text: str, at: int) -> tuple[list[int], list[int]]:
+        if not text:
+            return [], []
+        encoding = backend.encode(text, add_special_tokens=False)
+        ids = [self._true_id.get(number, number) for number in encoding.ids]
+        return ids, [at + start for start, _ in encoding.offsets]
+
+    def _ids(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
+        return self._encoded(backend, text, 0)[0]
+
+    def _swap(self, text: str) -> str:
+        """Markers -> private names, then aliases -> the ordinary text they stand for."""
+        if self._marker:
+            text = self._marker.sub(lambda match: self._private[match.group()], text)
+        return self.show(text)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return str(self._plain.decode(list(ids), skip_special_tokens=skip_special))
+
+    def stream(self) -> Stream:
+        """A decoder for ids that come one by one."""
+        return Stream(self)
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return str(self._plain.to_str())
+
+    def files(self) -> dict[str, bytes]:
+        """What to save beside a model so that other tools read the same tokenizer."""
+        keep = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token")
+        config = {key: self.config[key] for key in keep if self.config.get(key) is not None}
+        config |= {"tokenizer_class": LIBRARY_CLASS, "clean_up_tokenization_spaces": False}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return {"tokenizer.json": self.to_json().encode(), "tokenizer_config.json": text.encode()}
+
+    def _renamed(self, described: Json) -> Json:
+        """The tokenizer with private names for its added tokens, in the vocabulary too."""
+        renamed: Json = json.loads(json.dumps(described))
+        renamed["post_processor"] = None
+        for token in renamed.get("added_tokens", []):
+            token["content"] = self._private.get(token["content"], token["content"])
+        model = renamed["model"]
+        if model.get("unk_token") in self._private:
+            model["unk_token"] = self._private[model["unk_token"]]
+        if isinstance(model["vocab"], dict):
+            for token, private in self._private.items():
+                if token in model["vocab"]:
+                    model["vocab"][private] = model["vocab"].pop(token)
+        else:
+            model["vocab"] = [[self._private.get(t, t), score] for t, score in model["vocab"]]
+        return renamed
+
+
+class Stream:
+    """Text from ids as they come: never half a character, never a space that later moves."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._from = 0  # ids before this are decoded for good; kept a little for their context
+        self._done = 0
+
+    def push(self, number: int) -> str:
+        """What can be shown now that this id came."""
+        self._ids.append(number)
+        return self._emit(last=False)
+
+    def finish(self) -> str:
+        """What was still held back."""
+        return self._emit(last=True)
+
+    def _emit(self, *, last: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._from : self._done])
+        text = self._tokenizer.decode(self._ids[self._from :])
+        if not last and text.endswith("\ufffd"):
+            return ""
+        if len(text) <= len(before):
+            return ""
+        self._from, self._done = self._done, len(self._ids)
+        return text[len(before) :]
+
+
+def _any_of(tokens: Sequence[str] | Mapping[str, Any]) -> re.Pattern[str] | None:
+    """A pattern that finds the longest of these at the leftmost place."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _steps(part: Json | None, key: str) -> list[Json]:
+    if part is None:
+        return []
+    return list(part[key]) if part.get("type") == "Sequence" else [part]
+
+
+def _prefix_scheme(described: Json) -> str:
+    """Whether a space is put before a text's beginning (`first`), before each stretch between
+    markers (`always`), or not at all (`none`)."""
+    scheme = "none"
+    for step in _steps(described.get("normalizer"), "normalizers"):
+        if step["type"] == "Prepend":
+            scheme = "always"
+    for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "Metaspace":
+            said = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            scheme = scheme if said == "never" else said
+        if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
+            scheme = "always"
+    return scheme
+
+
+def _without_prefix(described: Json) -> Json:
+    normalizers = _steps(described.get("normalizer"), "normalizers")
+    kept = [step for step in normalizers if step["type"] != "Prepend"]
+    described["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+    return described
