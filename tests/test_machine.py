@@ -65,7 +65,7 @@ def test_a_machine_without_proc_still_has_facts(tmp_path: Path) -> None:
     assert machine.instruction_sets(tmp_path) == ()
     assert machine.native_bf16(tmp_path) is False
     assert machine.memory(tmp_path).total > 0
-    assert machine.usable_cores(tmp_path) >= 1
+    assert machine.cores(tmp_path) >= 1
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_cores_are_what_affinity_and_container_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str], cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert machine.usable_cores(cgroup(tmp_path, line, files)) == cores
+    assert machine.cores(cgroup(tmp_path, line, files)) == cores
 
 
 def test_disk_and_permission_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -167,9 +167,8 @@ def test_compiler_is_found_by_cxx_then_by_name(tmp_path: Path, monkeypatch: pyte
 
 def test_facts_without_torch_do_not_import_it() -> None:
     code = (
-        "import sys; from pathlib import Path;"
-        "from lorimer.machine import describe, native_bf16, torch_version;"
-        "native_bf16(); found = describe(Path('.'), with_torch=False); assert found.torch is None;"
+        "import sys; from lorimer.machine import look, native_bf16, torch_version;"
+        "native_bf16(); found = look(with_torch=False); assert found.torch is None;"
         "assert torch_version(); assert 'torch' not in sys.modules"
     )
     subprocess.run(

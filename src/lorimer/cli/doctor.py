@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lorimer.bases.store import home
-from lorimer.machine import Check, check, describe
+from lorimer.machine import Check, check, look
 
 WIDTH = 60
 NAME = 12
@@ -27,11 +27,11 @@ def doctor(
 
     Ends with 1 if something stands in the way of training, else with 0.
     """
-    machine = describe(Path.cwd())
+    machine = look(Path.cwd())
     checks = check(machine, home=home(), work=Path.cwd())
     blocked = any(item.level == "block" for item in checks)
     if json:
-        facts = {"machine": asdict(machine), "checks": [asdict(item) for item in checks]}
+        facts = {"machine": machine.to_dict(), "checks": [asdict(item) for item in checks]}
         typer.echo(json_text.dumps(facts | {"can_train": not blocked}, indent=2))
     else:
         typer.echo("\n".join(report(checks)))
