@@ -1,7 +1,7 @@
 """Rows of any known format -> one kind of conversation.
 
     format      keys of a row                          becomes
-    messages    messages, optional tools               its messages: role, content
+    messages    messages, optional system, tools       its messages: role, content
     sharegpt    conversations, optional system, tools  its messages: from, value
     alpaca      instruction, output, optional          history, then the instruction, a blank line and
                 input, system, history                 the input as one user message, then the output
@@ -159,7 +159,7 @@ def _read(row: Row, format: str, system: str | None) -> Conversation:
 
 
 def _messages_row(value: Mapping[str, Any]) -> list[Message]:
-    return _turns(value["messages"], "messages")
+    return [*_system(value), *_turns(value["messages"], "messages")]
 
 
 def _sharegpt_row(value: Mapping[str, Any]) -> list[Message]:
@@ -260,7 +260,7 @@ def _refuse_untrained_mark(given: Mapping[str, Any]) -> None:
         if key in given and given[key] in (0, False):
             raise DataError(
                 f"`{key}: {json.dumps(given[key])}` asks not to train this message, which is not done here",
-                fix="End the chat before it, or train only the last answer: `data.train_on: last_assistant`.",
+                fix="End the chat before it, or set `data.train_on: last_assistant`.",
             )
 
 
