@@ -336,12 +336,13 @@ def _tool_call(call: Any) -> Mapping[str, Any]:
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:
-    if value in (None, "", [], ()):
-        return None
-    value = _from_json(value, "tools")
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+    """The tools of a row; an empty list or text counts as none."""
+    value = _from_json(value or None, "tools")
+    if value is not None and (
+        not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value)
+    ):
         raise DataError(f"`tools` is {kind_of(value)}, wanted a list of objects")
-    return tuple(value)
+    return tuple(value) if value else None
 
 
 def _from_json(value: Any, key: str) -> Any:
