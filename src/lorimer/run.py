@@ -1,13 +1,13 @@
 """One run's folder: where everything that a run leaves behind has its place.
 
-    config.yaml     resolved; runs again as it is
-    run.json        command, versions, machine, hashes, status, times, best step
-    metrics.jsonl   one object a line, flushed at each step
-    train.log       what the run said
-    samples.jsonl   held-out answers before and after
-    eval/           before.json, after.json
-    checkpoints/    step-000100/ and so on
-    adapter/        the best adapter
+config.yaml     resolved; runs again as it is
+run.json        command, versions, machine, hashes, status, times, best step
+metrics.jsonl   one object a line, flushed at each step
+train.log       what the run said
+samples.jsonl   held-out answers before and after
+eval/           before.json, after.json
+checkpoints/    step-000100/ and so on
+adapter/        the best adapter
 """
 
 from __future__ import annotations

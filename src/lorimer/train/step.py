@@ -43,7 +43,7 @@ def train_step(
     for pack in packs:
         masks = dropout.for_pack(step, pack.rows, pack.lengths) if dropout else None
         loss, _ = pack_loss(decoder, pack, weight=1.0 / trained, smoothing=smoothing, dropouts=masks)
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise _diverged(f"the loss is {value}", step, places(pack))
         loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,562 @@
+"""train(): the spine. Read it from top to bottom; every step is one visible call."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lorimer import __version__
+from lorimer.bases.open import open_base
+from lorimer.bases.store import resolve_base
+from lorimer.config import RunConfig, dump_yaml, read_config
+from lorimer.data.batch import StepStream
+from lorimer.data.pack import Pack, split_into_packs
+from lorimer.data.prepare import Prepared, prepare
+from lorimer.data.template import ChatTemplate, Example
+from lorimer.data.tokenizer import Tokenizer
+from lorimer.errors import AdapterError, ConfigError, Interrupted, LorimerError
+from lorimer.evaluate.run import Comparison, Scores, changed_answers, compare_scores, evaluate_rows
+from lorimer.generate.model import Model
+from lorimer.lora.adapter import (
+    attach_adapter,
+    fill_adapter,
+    new_adapter,
+    read_adapter,
+    save_adapter,
+    trainable_line,
+)
+from lorimer.lora.layers import LoraDropout
+from lorimer.lora.targets import describe_targets, select_targets
+from lorimer.machine import look, memory
+from lorimer.model.load import choose_place, load_decoder
+from lorimer.model.loss import pack_losses
+from lorimer.run import RunFolder, create_run, find_run
+from lorimer.storage import make_folder, write_file
+from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
+from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
+from lorimer.train.optimizer import AdamW
+from lorimer.train.schedule import learning_rate, warmup_steps
+from lorimer.train.step import StepResult, train_step
+from lorimer.train.trackers import Trackers, open_trackers
+
+# Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
+MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run left: its folder, its adapter, how far it got and how it did."""
+
+    path: Path
+    adapter: Path
+    steps: int
+    loss: float
+    valid_loss: float | None
+    before: Scores | None = None
+    after: Scores | None = None
+    comparison: Comparison | None = None
+
+
+def train(
+    config: RunConfig | None, *, resume: str | Path | None = None, reporter: Reporter | None = None
+) -> RunResult:
+    """Train an adapter as the settings say, and prove it on the held-out rows if there are any.
+
+    `resume` names a run (its folder, its name, or "last") that goes on from its newest whole
+    checkpoint; `config` may then be None or change what may change. Raises the errors of
+    lorimer.errors; Interrupted after Ctrl-C, once the state is saved.
+    """
+    reporter = reporter or Silent()
+    run, config = open_run(config, resume)
+    try:
+        with interruptible() as stop, Session(run, config, reporter) as session:
+            session.restore_if_any(resuming=resume is not None)
+            session.announce()
+            for step in range(session.progress.step, session.stream.total_steps):
+                session.one_step(step)
+                if session.evaluation_due(step):
+                    session.evaluate()
+                if session.save_due(step) or stop.asked or session.exhausted:
+                    session.save()
+                if stop.asked and step + 1 < session.stream.total_steps and not session.exhausted:
+                    raise session.interrupted()
+                if session.exhausted:
+                    break
+            return session.finish()
+    except LorimerError as error:
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        _record_end(run, status, error)
+        raise
+    except KeyboardInterrupt:
+        _record_end(run, "interrupted", None)
+        raise
+
+
+def open_run(config: RunConfig | None, resume: str | Path | None) -> tuple[RunFolder, RunConfig]:
+    """The folder of a new run, or of the one to resume with its settings compared to these."""
+    if resume is None:
+        if config is None:
+            raise ConfigError("there are no settings to train with", fix="Give a config file.")
+        first = config.data.train if isinstance(config.data.train, str) else config.data.train[0]
+        _check_inputs(config)
+        run = create_run(Path(config.output.dir), config.output.name, first)
+        write_file(run.config, dump_yaml(config))
+        return run, config
+    run = find_run(str(resume), Path(config.output.dir if config else "runs"))
+    saved = read_config(run.config, [])
+    return run, saved if config is None else _changed(saved, config, run)
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """What would fail anyway, found before a run folder exists."""
+    resolve_base(config.base)
+    sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    from lorimer.data.rows import check_source
+
+    for source in [*sources, config.data.valid, config.data.test]:
+        if source is not None:
+            check_source(source)
+    make_folder(Path(config.output.dir))
+
+
+# What may be another on resume: it does not change what the steps before have computed.
+MAY_CHANGE = {
+    "train.epochs",
+    "train.max_steps",
+    "train.eval_every",
+    "train.early_stopping_patience",
+    "train.micro_batch_tokens",
+    "train.threads",
+    "output",
+    "evaluate",
+    "data.test",
+}
+
+
+def _changed(saved: RunConfig, given: RunConfig, run: RunFolder) -> RunConfig:
+    """The given settings, if they differ from the run's only where that is allowed."""
+    old, new = _flat(saved.model_dump()), _flat(given.model_dump())
+    for key, value in new.items():
+        allowed = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
+        if old.get(key) != value and not allowed:
+            raise ConfigError(
+                f"`{key}` is {value!r} and the run was begun with {old.get(key)!r}",
+                fix="Resume with the run's own value, or start a new run.",
+                path=run.config,
+            )
+    return given
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat
+
+
+@dataclass(slots=True)
+class Stop:
+    """Set by the first Ctrl-C; the step at hand is finished and saved."""
+
+    asked: bool = False
+
+
+@contextmanager
+def interruptible() -> Iterator[Stop]:
+    """The first SIGINT asks to stop, the second ends at once. Only the main thread can listen."""
+    stop = Stop()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    try:
+        before = signal.signal(signal.SIGINT, on_signal)
+    except ValueError:
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Session:
+    """What a run holds while it goes: base, adapter, stream of steps, optimizer, records."""
+
+    def __init__(self, run: RunFolder, config: RunConfig, reporter: Reporter) -> None:
+        self.run, self.config, self.reporter = run, config, reporter
+        started = time.perf_counter()
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        self.base = open_base(resolve_base(config.base))
+        self.place = choose_place(config.train.device, config.train.dtype)
+        tokenizer = Tokenizer.from_base(self.base)
+        self.template = ChatTemplate(self._template_source(), tokenizer)
+        self.data: Prepared = prepare(config.data, self.template, seed=config.train.seed)
+        decoder = load_decoder(self.base, self.place)
+        self.model = Model(self.base, decoder, tokenizer, config.base)
+        self.model.template = self.template
+        self._put_adapter()
+        self.optimizer = AdamW(self.adapter, config.train)
+        self.stream = StepStream(
+            rows=len(self.data.train),
+            batch_size=config.train.batch_size,
+            epochs=config.train.epochs,
+            max_steps=config.train.max_steps,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+        )
+        self.micro_batch_tokens = config.train.micro_batch_tokens or self._choose_micro_batch()
+        rate = self.adapter.spec.dropout
+        self.dropout = LoraDropout(rate, config.train.seed, *self.place[::-1]) if rate else None
+        self.progress = Progress(data_hash=self.data.train_hash(), base_fingerprint=self.base.fingerprint())
+        self.valid_packs = split_into_packs(self.data.valid, MICRO_BATCH_TOKENS) if self.data.valid else []
+        self.exhausted = False
+        self.last: StepResult | None = None
+        self.valid_loss: float | None = None
+        self.saved_step: int | None = None
+        self.seconds = {"load": time.perf_counter() - started, "eval": 0.0, "save": 0.0}
+
+    def __enter__(self) -> Session:
+        self.trackers: Trackers = open_trackers(
+            self.config.output.trackers, self.run.path, self.run.path.name, self.config.model_dump()
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.trackers.close("failed" if kind else "finished")
+
+    def _template_source(self) -> str | None:
+        if self.config.data.chat_template is None:
+            return self.base.chat_template
+        path = Path(self.config.data.chat_template)
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the chat template cannot be read: {error}", path=path) from error
+
+    def _put_adapter(self) -> None:
+        """A fresh adapter, or the one that `lora.adapter` names to start from."""
+        decoder, config = self.model.decoder, self.config.lora
+        if config.adapter is not None:
+            files = read_adapter(Path(config.adapter))
+            self.adapter = attach_adapter(decoder, files, fingerprint=self.base.fingerprint())
+            names = list(self.adapter.spec.ranks)
+            self.targets = select_targets(decoder, names)
+        else:
+            self.adapter, self.targets = new_adapter(decoder, config, seed=self.config.train.seed)
+        self.model.adapter = self.adapter
+        if not self.adapter.parameters:
+            raise AdapterError("the adapter has nothing to train")
+
+    def _choose_micro_batch(self) -> int:
+        """As many tokens at once as half of the free memory holds, up to MICRO_BATCH_TOKENS.
+
+        A token keeps, in each layer, its two norm inputs, query, key, value and attention output
+        (twice: rotated, and laid out for attention), and the stacked gate and up; see kernels.
+        """
+        spec = self.model.spec
+        size = 2 if self.place.dtype == torch.bfloat16 else 4
+        kept = 2 * spec.hidden_size + 3 * sum(spec.qkv_rows) + 2 * spec.intermediate_size
+        per_token = spec.layers * kept * size
+        if self.place.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.place.device)[0]
+        else:
+            free = memory().available
+        longest = max(len(example.ids) for example in self.data.train)
+        return max(longest, min(MICRO_BATCH_TOKENS, int(free * 0.5) // per_token))
+
+    def restore_if_any(self, *, resuming: bool) -> None:
+        """Go on from the newest whole checkpoint, or begin."""
+        path = newest_checkpoint(self.run, self._say) if resuming else None
+        if path is not None:
+            progress = read_progress(path)
+            for name in ("data_hash", "base_fingerprint"):
+                found, wanted = getattr(self.progress, name), getattr(progress, name)
+                if found != wanted:
+                    raise ConfigError(
+                        f"the {'data' if name == 'data_hash' else 'base'} is not what this run was begun "
+                        f"with: {found[:12]} (wanted: {wanted[:12]})",
+                        fix="Put the files back as they were, or start a new run.",
+                        path=self.run.config,
+                    )
+            restore(path, self.adapter, self.optimizer)
+            self.progress, self.saved_step = progress, progress.step
+            self._say(f"resumed after step {progress.step} from {path.name}")
+        elif resuming:
+            self._say("there is no whole checkpoint yet: the run begins again")
+        self.metrics = MetricsFile(self.run.metrics, keep_until=self.progress.step)
+
+    def announce(self) -> None:
+        """The start panel's facts, into run.json too."""
+        config = self.config
+        total = self.stream.total_steps
+        info = {
+            "run": str(self.run.path),
+            "base": config.base,
+            "architecture": self.model.spec.family,
+            "base_parameters": self.base.parameters,
+            "dtype": str(self.place.dtype).removeprefix("torch."),
+            "device": str(self.place.device),
+            "threads": torch.get_num_threads(),
+            "trainable": trainable_line(self.adapter, self.base.parameters),
+            "targets": describe_targets(self.targets, self.model.spec.layers),
+            "r": max(self.adapter.spec.ranks.values(), default=0),
+            "alpha": max(self.adapter.spec.alphas.values(), default=0.0),
+            "rows": len(self.data.train),
+            "tokens": self.data.tokens,
+            "trained_tokens": self.data.trained_tokens,
+            "valid_rows": len(self.data.valid),
+            "test_rows": len(self.data.test),
+            "steps": total,
+            "first_step": self.progress.step,
+            "batch_size": config.train.batch_size,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "epochs": config.train.epochs,
+            "learning_rate": config.train.learning_rate,
+            "lr_scheduler": config.train.lr_scheduler,
+            "warmup_steps": warmup_steps(config.train, total),
+            "template": "the default, because the base has none"
+            if self.template.is_default
+            else "the base's",
+        }
+        self.run.update_record(
+            status="running",
+            command=shlex.join(sys.argv),
+            version=__version__,
+            versions={"python": sys.version.split()[0], "torch": torch.__version__},
+            machine=look(self.run.path).to_dict(),
+            base=config.base,
+            base_path=str(self.base.path),
+            base_fingerprint=self.progress.base_fingerprint,
+            data_hash=self.progress.data_hash,
+            template_hash=self.template.hash,
+            started=self.run.read_record().get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            load_seconds=self.seconds["load"],
+            info=info,
+        )
+        self.reporter.start(info)
+        for note in self.data.notes:
+            self._say(note)
+
+    def one_step(self, step: int) -> None:
+        """Rows -> packs -> one update -> one line in metrics.jsonl."""
+        began = time.perf_counter()
+        rows = self.stream.step_rows(step)
+        examples = [self.data.train[row] for row in rows]
+        packs = split_into_packs(examples, self.micro_batch_tokens, together=self.config.data.pack)
+        rate = learning_rate(self.config.train, step, self.stream.total_steps)
+        self.last = train_step(
+            self.model.decoder,
+            self.optimizer,
+            packs,
+            step=step,
+            learning_rate=rate,
+            smoothing=self.config.train.label_smoothing,
+            dropout=self.dropout,
+            places=_places(examples),
+        )
+        seconds = time.perf_counter() - began
+        progress = self.progress
+        progress.step = step + 1
+        progress.tokens += self.last.tokens
+        progress.trained_tokens += self.last.trained_tokens
+        progress.train_seconds += seconds
+        record = StepRecord(
+            step=step + 1,
+            epoch=round(self.stream.epoch_at(step + 1), 4),
+            loss=self.last.loss,
+            learning_rate=rate,
+            grad_norm=self.last.grad_norm,
+            rows=len(rows),
+            tokens=self.last.tokens,
+            trained_tokens=self.last.trained_tokens,
+            seconds=seconds,
+            tokens_per_second=self.last.tokens / seconds,
+            memory_bytes=peak_memory(self.place.device),
+        )
+        line = self.metrics.write(record)
+        self.trackers.log(step + 1, line)
+        self.reporter.step(line)
+
+    def evaluation_due(self, step: int) -> bool:
+        return bool(self.valid_packs) and self._due(self.config.train.eval_every, step)
+
+    def save_due(self, step: int) -> bool:
+        return self._due(self.config.output.save_every, step)
+
+    def _due(self, every: int | str, step: int) -> bool:
+        if every == "never":
+            return False
+        last = step + 1 == self.stream.total_steps
+        return last or (self.stream.ends_epoch(step) if every == "epoch" else (step + 1) % int(every) == 0)
+
+    def evaluate(self) -> None:
+        """The validation loss, token-weighted; the best adapter so far is kept aside."""
+        began = time.perf_counter()
+        total = sum(float(pack_losses(self.model.decoder, pack).sum()) for pack in self.valid_packs)
+        loss = total / sum(pack.trained_tokens for pack in self.valid_packs)
+        self.valid_loss = loss
+        progress = self.progress
+        better = progress.best_loss is None or loss < progress.best_loss
+        if better:
+            progress.best_loss, progress.best_step = loss, progress.step
+            progress.evaluations_without_gain = 0
+            self._write_adapter()
+        else:
+            progress.evaluations_without_gain += 1
+            patience = self.config.train.early_stopping_patience
+            self.exhausted = patience is not None and progress.evaluations_without_gain >= patience
+        self.seconds["eval"] += time.perf_counter() - began
+        record = {"step": progress.step, "valid_loss": loss, "best": better}
+        self.metrics.write(record)
+        self.trackers.log(progress.step, {"valid_loss": loss})
+        self.reporter.evaluation(record)
+        if self.exhausted:
+            self._say(f"stopped early: no better validation loss in {patience} evaluations")
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one."""
+        if self.saved_step == self.progress.step:
+            return
+        began = time.perf_counter()
+        path = save_checkpoint(
+            self.run, self.progress, self.optimizer, self._fill_adapter, keep=self.config.output.keep
+        )
+        self.saved_step = self.progress.step
+        self.seconds["save"] += time.perf_counter() - began
+        self.reporter.saved(path, self.progress.step)
+
+    def _fill_adapter(self, folder: Path) -> None:
+        fill_adapter(folder, self.adapter, self.model.decoder, self.config.base, self._manifest(), {})
+
+    def _write_adapter(self) -> None:
+        """The adapter as it is now, with tokenizer and template, to the run's adapter folder."""
+        extra = self.model.tokenizer.files() | {"chat_template.jinja": self.template.source.encode("utf-8")}
+        save_adapter(
+            self.run.adapter,
+            self.adapter,
+            self.model.decoder,
+            base=self.config.base,
+            ours=self._manifest(),
+            extra_files=extra,
+        )
+
+    def _manifest(self) -> dict[str, Any]:
+        """lorimer.json: what this adapter belongs to."""
+        return {
+            "lorimer": __version__,
+            "base": {
+                "name": self.config.base,
+                "path": str(self.base.path),
+                "fingerprint": self.progress.base_fingerprint,
+            },
+            "template_hash": self.template.hash,
+            "data_hash": self.progress.data_hash,
+            "run": self.run.path.name,
+            "step": self.progress.step,
+            "trained_tokens": self.progress.trained_tokens,
+            "started_from": self.config.lora.adapter,
+        }
+
+    def finish(self) -> RunResult:
+        """The best adapter, before and after on held-out rows, and the record closed."""
+        if self.progress.best_step is None:
+            self._write_adapter()
+        elif self.progress.best_step != self.progress.step:
+            self._take_best()
+        result = RunResult(
+            path=self.run.path,
+            adapter=self.run.adapter,
+            steps=self.progress.step,
+            loss=self.last.loss if self.last else float("nan"),
+            valid_loss=self.progress.best_loss,
+        )
+        if self.data.test:
+            self._prove(result)
+        self.run.update_record(
+            status="finished",
+            steps=self.progress.step,
+            best_step=self.progress.best_step or self.progress.step,
+            best_valid_loss=self.progress.best_loss,
+            train_seconds=self.progress.train_seconds,
+            eval_seconds=self.seconds["eval"],
+            save_seconds=self.seconds["save"],
+            peak_memory_bytes=peak_memory(self.place.device),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
+        self.metrics.close()
+        self.reporter.finished(result)
+        return result
+
+    def _take_best(self) -> None:
+        """Put the best adapter in place of the last, so that what is proved is what is kept."""
+        files = read_adapter(self.run.adapter)
+        with torch.no_grad():
+            for name, tensor in self.adapter.tensors.items():
+                tensor.copy_(files.tensors[name])
+        self.adapter.refresh()
+        self._say(f"the adapter of step {self.progress.best_step} had the best validation loss and is kept")
+
+    def _prove(self, result: RunResult) -> None:
+        """The base and the adapter answer the same held-out rows."""
+        began = time.perf_counter()
+        rows = self.data.test[: self.config.evaluate.rows]
+        scores: list[Scores] = []
+        for label, enabled in (("before", False), ("after", True)):
+            self.reporter.proving(f"answering {len(rows)} held-out rows: {label}")
+            with self.model.adapter_enabled(enabled):
+                scores.append(
+                    evaluate_rows(
+                        self.model,
+                        rows,
+                        max_new_tokens=self.config.evaluate.max_new_tokens,
+                        batch_size=self.config.evaluate.batch_size,
+                    )
+                )
+            write_file(self.run.eval / f"{label}.json", json.dumps(scores[-1].to_json(), indent=1))
+        result.before, result.after = scores
+        result.comparison = compare_scores(*scores)
+        lines = [json.dumps(sample) for sample in changed_answers(*scores, self.config.evaluate.samples)]
+        write_file(self.run.samples, "".join(line + "\n" for line in lines))
+        self.seconds["eval"] += time.perf_counter() - began
+
+    def interrupted(self) -> Interrupted:
+        command = f"lorimer train --resume {shlex.quote(str(self.run.path))}"
+        return Interrupted(
+            f"stopped after step {self.progress.step} of {self.stream.total_steps}; the state is saved",
+            fix=f"Go on with: {command}",
+        )
+
+    def _say(self, text: str) -> None:
+        self.run.say(text)
+        self.reporter.note(text)
+
+
+def _places(examples: list[Example]) -> Callable[[Pack], str]:
+    """Where a pack's rows came from, for messages."""
+
+    def places(pack: Pack) -> str:
+        names = [examples[row].place for row in pack.rows]
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more rows" if len(names) > 5 else "")
+
+    return places
+
+
+def _record_end(run: RunFolder, status: str, error: LorimerError | None) -> None:
+    """Note in run.json how it ended; a disk that is full must not hide the first error."""
+    with suppress(LorimerError):
+        run.update_record(status=status, error=None if error is None else error.problem)
