@@ -53,13 +53,28 @@ def free_bytes(path: Path) -> int:
     return 0
 
 
+def check_writable(path: Path) -> None:
+    """Raise StorageError if nothing could be written under `path`, which need not exist yet."""
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise explain(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), place)
+    probe = place / f"{STAGED}probe-{os.getpid()}"
+    with storage_errors(place):
+        # Asking for the permission is not enough: a read-only or full disk shows only when writing.
+        probe.write_bytes(b"?")
+        probe.unlink()
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise StorageError if the disk of `path` has less than `needed` bytes free."""
+    if free_bytes(path) < needed:
+        raise explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path, needed)
+
+
 def make_folder(path: Path) -> Path:
-    """The folder, made if missing, and checked to be writable by writing to it."""
+    """The folder, made if missing."""
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f"{STAGED}probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
@@ -36,6 +36,7 @@ SCORED_TOKENS = 4096
 class Settings(TypedDict, total=False):
     """Keyword arguments of `Model.generate` and `Model.stream`."""
 
+    tools: Sequence[Mapping[str, Any]]  # described to the model by its chat template
     raw: bool  # no chat template: the prompt is continued as it is
     max_new_tokens: int  # default 256
     temperature: float  # default 0: the most likely token
@@ -64,8 +65,8 @@ class Model:
 
     @property
     def eos_ids(self) -> list[int]:
-        """Ids that end an answer: those of the base's settings and the tokenizer's own."""
-        return sorted({*self.base.eos_token_ids(), *self.tokenizer.eos_ids})
+        """Ids that end an answer: those of the base's settings, the tokenizer's, the template's."""
+        return sorted({*self.base.eos_token_ids(), *self.tokenizer.eos_ids, *self.template.end_ids})
 
     def set_adapter(self, path: Path | str | None, *, force: bool = False) -> None:
         """Put this adapter folder in place of the present one; None leaves the base.
@@ -152,13 +153,15 @@ class Model:
             closed.set()
             worker.join()
 
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    def prompt_ids(
+        self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None, *, raw: bool = False
+    ) -> list[int]:
         """The ids that a prompt becomes: the same that training puts before an answer."""
         if raw:
             text = prompt if isinstance(prompt, str) else "".join(str(m) for m in prompt)
             start = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
             return [token for token in start if token is not None] + self.tokenizer.encode(text)
-        return list(self.template.prompt_ids(to_messages(prompt)))
+        return list(self.template.prompt_ids(to_messages(prompt), tools))
 
     def token_losses(self, examples: Sequence[Example]) -> list[np.ndarray[Any, Any]]:
         """Nats of each trained token of each example, in order."""
@@ -187,7 +190,7 @@ class Model:
 
         return generate_ids(
             self.decoder,
-            [self.prompt_ids(prompt, raw=settings.get("raw", False)) for prompt in prompts],
+            [self.prompt_ids(p, settings.get("tools"), raw=settings.get("raw", False)) for p in prompts],
             max_new_tokens=settings.get("max_new_tokens", 256),
             sampling=sampling,
             eos_ids=self.eos_ids,

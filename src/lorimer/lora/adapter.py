@@ -305,7 +305,8 @@ tags: [lora, lorimer]
 
 # LoRA adapter for {base}
 
-Trained with lorimer: r {config["r"]}, alpha {config["lora_alpha"]}, on {", ".join(config["target_modules"][:8])}.
+Trained with lorimer: r {config["r"]}, alpha {config["lora_alpha"]}, on
+{", ".join(config["target_modules"][:8])}.
 
     lorimer chat FOLDER          answer with it
     lorimer merge FOLDER --out M a full model
@@ -319,4 +320,5 @@ def trainable_line(adapter: Adapter, base_parameters: int) -> str:
     """PEFT's line: `trainable params: 4,884,480 || all params: 139,399,488 || trainable%: 3.5039`."""
     trained = adapter.parameters
     total = base_parameters + trained
-    return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
+    share = 100 * trained / total
+    return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"

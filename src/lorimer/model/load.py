@@ -52,6 +52,19 @@ def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
     return Place(chosen, types[dtype])
 
 
+def read_weight(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor:
+    """One tensor of a base by its Hugging Face name, float32, rows in Hugging Face's order.
+
+    GGUF files keep the query and key rows of Llama shapes interleaved for llama.cpp's rotation.
+    """
+    entry = base.tensors[name]
+    value = dequantise(base.raw(name), entry.dtype, entry.shape)
+    heads = {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
+    if heads is None or base.kind != "gguf" or spec.family not in ("llama", "mistral"):
+        return value
+    return value.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(value.shape)
+
+
 @dataclass(slots=True)
 class _Reader:
     """Reads tensors of one base by their Hugging Face names, checked against the shape wanted."""
@@ -70,16 +83,7 @@ class _Reader:
                 fix="The config and the weights do not belong together.",
                 path=self.base.path,
             )
-        value = dequantise(self.base.raw(name), entry.dtype, entry.shape)
-        return self._unpermuted(name, value)
-
-    def _unpermuted(self, name: str, value: Tensor) -> Tensor:
-        """GGUF keeps the query and key rows of Llama shapes interleaved for its own rotation."""
-        heads = {"q_proj": self.spec.heads, "k_proj": self.spec.kv_heads}.get(name.split(".")[-2])
-        if heads is None or self.base.kind != "gguf" or self.spec.family not in ("llama", "mistral"):
-            return value
-        pairs = value.unflatten(0, (heads, -1, 2))
-        return pairs.transpose(1, 2).reshape(value.shape)
+        return read_weight(self.base, self.spec, name)
 
     def norm(self, path: str, size: int) -> NormSlot:
         weight = self.tensor(f"{path}.weight", (size,)).to(self.place.device, torch.float32)

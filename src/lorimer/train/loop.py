@@ -42,7 +42,7 @@ from lorimer.machine import look, memory
 from lorimer.model.load import choose_place, load_decoder
 from lorimer.model.loss import pack_losses
 from lorimer.run import RunFolder, create_run, find_run
-from lorimer.storage import make_folder, write_file
+from lorimer.storage import check_writable, write_file
 from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
 from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
 from lorimer.train.optimizer import AdamW
@@ -78,56 +78,39 @@ def train(
     lorimer.errors; Interrupted after Ctrl-C, once the state is saved.
     """
     reporter = reporter or Silent()
-    run, config = open_run(config, resume)
+    run, config = (None, config) if resume is None else resumed_run(config, resume)
+    if config is None:
+        raise ConfigError("there are no settings to train with", fix="Give a config file.")
+    check_writable(Path(config.output.dir))
+    session = Session(config, reporter)
+    session.open_folder(run)
     try:
-        with interruptible() as stop, Session(run, config, reporter) as session:
-            session.restore_if_any(resuming=resume is not None)
-            session.announce()
+        session.restore_if_any(resuming=run is not None)
+        session.announce()
+        with interruptible() as stop:
             for step in range(session.progress.step, session.stream.total_steps):
                 session.one_step(step)
                 if session.evaluation_due(step):
                     session.evaluate()
                 if session.save_due(step) or stop.asked or session.exhausted:
                     session.save()
-                if stop.asked and step + 1 < session.stream.total_steps and not session.exhausted:
-                    raise session.interrupted()
                 if session.exhausted:
                     break
-            return session.finish()
-    except LorimerError as error:
-        status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        _record_end(run, status, error)
+                if stop.asked and step + 1 < session.stream.total_steps:
+                    raise session.interrupted()
+        return session.finish()
+    except BaseException as error:
+        session.close_record(error)
         raise
-    except KeyboardInterrupt:
-        _record_end(run, "interrupted", None)
-        raise
+    finally:
+        session.close()
 
 
-def open_run(config: RunConfig | None, resume: str | Path | None) -> tuple[RunFolder, RunConfig]:
-    """The folder of a new run, or of the one to resume with its settings compared to these."""
-    if resume is None:
-        if config is None:
-            raise ConfigError("there are no settings to train with", fix="Give a config file.")
-        first = config.data.train if isinstance(config.data.train, str) else config.data.train[0]
-        _check_inputs(config)
-        run = create_run(Path(config.output.dir), config.output.name, first)
-        write_file(run.config, dump_yaml(config))
-        return run, config
+def resumed_run(config: RunConfig | None, resume: str | Path) -> tuple[RunFolder, RunConfig]:
+    """The run to go on with, and its settings with what `config` changes of them."""
     run = find_run(str(resume), Path(config.output.dir if config else "runs"))
     saved = read_config(run.config, [])
     return run, saved if config is None else _changed(saved, config, run)
-
-
-def _check_inputs(config: RunConfig) -> None:
-    """What would fail anyway, found before a run folder exists."""
-    resolve_base(config.base)
-    sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
-    from lorimer.data.rows import check_source
-
-    for source in [*sources, config.data.valid, config.data.test]:
-        if source is not None:
-            check_source(source)
-    make_folder(Path(config.output.dir))
 
 
 # What may be another on resume: it does not change what the steps before have computed.
@@ -196,8 +179,11 @@ def interruptible() -> Iterator[Stop]:
 class Session:
     """What a run holds while it goes: base, adapter, stream of steps, optimizer, records."""
 
-    def __init__(self, run: RunFolder, config: RunConfig, reporter: Reporter) -> None:
-        self.run, self.config, self.reporter = run, config, reporter
+    run: RunFolder
+
+    def __init__(self, config: RunConfig, reporter: Reporter) -> None:
+        """Load everything and write nothing: what is wrong with the input leaves no trace."""
+        self.config, self.reporter = config, reporter
         started = time.perf_counter()
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
@@ -230,14 +216,27 @@ class Session:
         self.saved_step: int | None = None
         self.seconds = {"load": time.perf_counter() - started, "eval": 0.0, "save": 0.0}
 
-    def __enter__(self) -> Session:
-        self.trackers: Trackers = open_trackers(
-            self.config.output.trackers, self.run.path, self.run.path.name, self.config.model_dump()
-        )
-        return self
+    def open_folder(self, run: RunFolder | None) -> None:
+        """The run's folder, a new one unless it is resumed, and the trackers that were asked for."""
+        config = self.config
+        if run is None:
+            train_file = config.data.train if isinstance(config.data.train, str) else config.data.train[0]
+            run = create_run(Path(config.output.dir), config.output.name, train_file)
+            write_file(run.config, dump_yaml(config))
+        self.run = run
+        name = run.path.name
+        self.trackers: Trackers = open_trackers(config.output.trackers, run.path, name, config.model_dump())
+        self._status = "failed"
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.trackers.close("failed" if kind else "finished")
+    def close_record(self, error: BaseException) -> None:
+        """Note in run.json how it ended; a full disk must not hide the first error."""
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        self._status = "interrupted" if stopped else "failed"
+        with suppress(LorimerError):
+            self.run.update_record(status=self._status, error=str(error) or type(error).__name__)
+
+    def close(self) -> None:
+        self.trackers.close(self._status)
 
     def _template_source(self) -> str | None:
         if self.config.data.chat_template is None:
@@ -487,6 +486,7 @@ class Session:
         )
         if self.data.test:
             self._prove(result)
+        self._status = "finished"
         self.run.update_record(
             status="finished",
             steps=self.progress.step,
@@ -554,9 +554,3 @@ def _places(examples: list[Example]) -> Callable[[Pack], str]:
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more rows" if len(names) > 5 else "")
 
     return places
-
-
-def _record_end(run: RunFolder, status: str, error: LorimerError | None) -> None:
-    """Note in run.json how it ended; a disk that is full must not hide the first error."""
-    with suppress(LorimerError):
-        run.update_record(status=status, error=None if error is None else error.problem)

@@ -1,0 +1,169 @@
+"""The update added into the base's weights: a Hugging Face folder that any tool loads.
+
+Each weight is computed as W + scale * B A in float32 and cast once. Layers are merged one at a time
+from the base's own files, so a base that was trained in bf16 or from a GGUF is merged into what
+those files say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorimer.bases.open import BaseFiles
+from lorimer.errors import UserError
+from lorimer.lora.layers import Adapter
+from lorimer.model.load import read_weight
+from lorimer.model.spec import ModelSpec
+from lorimer.storage import check_space, write_folder
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_BYTES = 4_000_000_000
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What was written. `unchanged` is the share of adapted weights that the cast rounded back to
+    what they were: near 1 means that the update is smaller than the type can hold."""
+
+    path: Path
+    dtype: str
+    tensors: int
+    adapted: int
+    bytes: int
+    unchanged: float
+
+
+def merge(
+    base: BaseFiles,
+    spec: ModelSpec,
+    adapter: Adapter,
+    out: Path,
+    *,
+    dtype: str = "bf16",
+    extra_files: Mapping[str, bytes] | None = None,
+) -> MergeReport:
+    """Write the merged model to the folder `out`, whole or not at all.
+
+    Raises UserError for a type that is not known or a folder that is there already, StorageError if
+    it cannot be written.
+    """
+    if dtype not in TYPES:
+        raise UserError(f"the type `{dtype}` is not known", fix=f"Known: {', '.join(TYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("there is something there already", fix="Choose a new folder.", path=out)
+    size = torch.finfo(TYPES[dtype]).bits // 8
+    check_space(out, base.parameters * size)
+    counts = {"tensors": 0, "adapted": 0, "bytes": 0, "same": 0, "numbers": 0}
+
+    def fill(folder: Path) -> None:
+        writer = _ShardWriter(folder)
+        for name, tensor in _merged(base, spec, adapter, TYPES[dtype], counts):
+            counts["tensors"] += 1
+            counts["bytes"] += tensor.nbytes
+            writer.add(name, tensor)
+        writer.close()
+        text = json.dumps(_config(base, adapter, dtype), indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        if eos := base.eos_token_ids():
+            generation = json.dumps({"eos_token_id": eos if len(eos) > 1 else eos[0]}, indent=2)
+            (folder / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
+        for name, content in (extra_files or {}).items():
+            (folder / name).write_bytes(content)
+
+    write_folder(out, fill, manifest=False)
+    unchanged = counts["same"] / max(1, counts["numbers"])
+    return MergeReport(out, dtype, counts["tensors"], counts["adapted"], counts["bytes"], unchanged)
+
+
+def _merged(
+    base: BaseFiles, spec: ModelSpec, adapter: Adapter, dtype: torch.dtype, counts: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the base by name, with the update where there is one."""
+    for name in base.tensors:
+        if not name.endswith((".weight", ".bias")) or name == "rope_freqs.weight":
+            continue
+        value = read_weight(base, spec, name).float()
+        merged = _update(name, value, adapter)
+        if merged is not None:
+            counts["adapted"] += 1
+            counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
+            counts["numbers"] += value.numel()
+        yield name, (value if merged is None else merged).to(dtype).contiguous()
+    head = "lm_head.weight"
+    if head not in base.tensors and head in adapter.tensors and not adapter.spec.tie:
+        yield head, adapter.tensors[head].detach().to(dtype)
+
+
+def _update(name: str, value: Tensor, adapter: Adapter) -> Tensor | None:
+    """The weight with its update, or the copy trained in its place; None if neither exists."""
+    module, _, kind = name.rpartition(".")
+    if name in adapter.tensors:
+        return adapter.tensors[name].detach().float()
+    down = adapter.tensors.get(f"{module}.lora_A.weight")
+    up = adapter.tensors.get(f"{module}.lora_B.weight")
+    if kind != "weight" or down is None or up is None:
+        return None
+    return value + adapter.spec.scale(module) * (up.detach() @ down.detach())
+
+
+def _config(base: BaseFiles, adapter: Adapter, dtype: str) -> dict[str, Any]:
+    """The base's config with the type of the weights; a head trained apart is no longer tied."""
+    config = {key: value for key, value in base.config.items() if value is not None}
+    config.pop("quantization_config", None)
+    config.pop("license", None)
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    config.setdefault("architectures", [ARCHITECTURES[str(config["model_type"])]])
+    config |= {"dtype": names[dtype], "torch_dtype": names[dtype]}
+    if "lm_head.weight" in adapter.tensors and not adapter.spec.tie:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+class _ShardWriter:
+    """Tensors into model.safetensors, or into numbered shards with an index where they are many."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: list[list[str]] = []
+        self.pending: dict[str, Tensor] = {}
+        self.total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > SHARD_BYTES:
+            self._flush()
+        self.pending[name] = tensor
+        self.total += tensor.nbytes
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self.pending, self.folder / f"part-{len(self.shards)}", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending = {}
+
+    def close(self) -> None:
+        self._flush()
+        if len(self.shards) == 1:
+            (self.folder / "part-0").rename(self.folder / "model.safetensors")
+            return
+        names = {}
+        for number, members in enumerate(self.shards):
+            name = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
+            (self.folder / f"part-{number}").rename(self.folder / name)
+            names |= dict.fromkeys(members, name)
+        index = {"metadata": {"total_size": self.total}, "weight_map": names}
+        text = json.dumps(index, indent=2) + "\n"
+        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
