@@ -74,7 +74,8 @@ def answers_text(changes: Sequence[Change]) -> str:
     """Changed answers, each under its row: what was asked, wanted, answered before and after."""
     lines: list[str] = []
     for number, change in enumerate(changes, 1):
-        lines += ["", f"{number}. {change['kind']}: {printable(change['place'])}"]
+        title = f"{number}. {change['kind']}: {printable(change['place'])}"
+        lines += ["", *textwrap.wrap(title, WIDTH, subsequent_indent="   ")]
         parts = {"asked": change["prompt"], "wanted": change["reference"]}
         parts |= {"before": change["before"], "after": change["after"]}
         for name, text in parts.items():

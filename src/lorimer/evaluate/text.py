@@ -37,7 +37,7 @@ METRICS: dict[str, Metric] = {
         Metric("exact_match", "fraction", "answers equal to the reference", binary=True),
         Metric("json_valid", "fraction", "answers that are JSON", binary=True),
         Metric("json_precision", "fraction", "answered fields that are right"),
-        Metric("json_recall", "fraction", "wanted fields that were answered right"),
+        Metric("json_recall", "fraction", "wanted fields answered right"),
         Metric("json_f1", "fraction", "harmonic mean of the two"),
         Metric("bleu", "points", "BLEU of the corpus (sacrebleu)"),
         Metric("chrf", "points", "chrF2 of the corpus (sacrebleu)"),
