@@ -83,6 +83,21 @@ def test_loss_is_weighted_by_tokens_and_lower_is_better() -> None:
     assert (found.won, found.lost, found.better) == (1, 10, True)
 
 
+def test_interval_of_a_weighted_mean_is_that_of_all_tokens() -> None:
+    generator = np.random.default_rng(4)
+    tokens = generator.integers(1, 50, 500)
+    before = [generator.normal(3, 1, n) for n in tokens]
+    after = [values - 0.1 * len(values) / 25 + generator.normal(0, 1, len(values)) for values in before]
+    means = [[float(values.mean()) for values in side] for side in (before, after)]
+    found = one("loss", *means, tokens.tolist())
+    draws = []
+    for _ in range(2000):
+        picked = generator.integers(0, 500, 500)
+        old, new = (np.concatenate([side[i] for i in picked]) for side in (before, after))
+        draws.append(new.mean() - old.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, (2.5, 97.5))), abs=0.004)
+
+
 def test_perplexity_is_the_power_of_the_mean() -> None:
     found = one("perplexity", [0.0, 2.0], [0.0, 0.0], [3.0, 1.0])
     assert found.before == pytest.approx(math.exp(0.5))
@@ -111,8 +126,8 @@ def test_corpus_totals_are_shown_and_the_difference_is_of_rows() -> None:
 
 
 def test_few_rows_are_never_clear() -> None:
-    for rows in range(1, 6):
-        found = one("exact_match", [0] * rows, [1] * rows)
+    for rows, name in ((rows, name) for rows in range(1, 6) for name in ("exact_match", "chrf")):
+        found = one(name, [0] * rows, [1] * rows)
         assert not found.clear
         assert found.rows_needed is not None
         assert found.rows_needed > rows

@@ -74,6 +74,8 @@ def test_rows_keep_their_order_with_what_was_asked_wanted_and_answered() -> None
     assert [row.prompt for row in scores.rows] == [row.messages[0].content for row in ROWS]
     assert [row.reference for row in scores.rows] == [row.messages[1].content for row in ROWS]
     assert [row.prediction for row in scores.rows] == [*ANSWERS.values(), "?", "?", "?"]
+    nats = [sum(map(ord, row.messages[1].content)) / 100 for row in ROWS]
+    assert [row.loss_sum for row in scores.rows] == pytest.approx(nats, rel=1e-6)
     assert scores.metrics["exact_match"] == pytest.approx(6 / 9)
     assert "json_f1" not in scores.metrics
 
