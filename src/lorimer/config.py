@@ -1,14 +1,23 @@
 """Every setting of a run, written once: its name, type, default, bounds and help.
 
 The command line, the docs, `lorimer config explain` and the JSON Schema are made from these
-classes. Reading YAML, overrides and the messages for wrong keys are in `read_config`.
+classes. A run's settings come from `read_config` (a YAML file and `key=value` overrides) or
+`config_from` (a dict), and go back to YAML with `dump_yaml`. All raise ConfigError.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from lorimer.errors import ConfigError
+from lorimer.other_names import OTHER_NAMES
+from lorimer.yaml_text import Lines, Place, read_yaml, scalar, write_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "never"]
@@ -17,7 +26,7 @@ Every = Annotated[int, Field(ge=1)] | Literal["epoch", "never"]
 class Block(BaseModel):
     """A group of settings. Unknown names are errors, so a typo cannot pass in silence."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Block):
@@ -91,7 +100,9 @@ class LoraConfig(Block):
 
 class TrainConfig(Block):
     epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
-    max_steps: int | None = Field(None, ge=1, description="Train for this many optimizer steps, whatever `epochs` says.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Train for this many optimizer steps, whatever `epochs` says."
+    )
     batch_size: int = Field(16, ge=1, description="Rows per optimizer step.")
     micro_batch_tokens: int | None = Field(
         None,
@@ -152,3 +163,120 @@ class RunConfig(Block):
     train: TrainConfig = Field(default_factory=TrainConfig, validate_default=True)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, validate_default=True)
     output: OutputConfig = Field(default_factory=OutputConfig, validate_default=True)
+
+
+# --- a file, overrides or a dict -> RunConfig ---------------------------------------------------
+
+# Settings that may name files: taken from the config file's folder if there, else from the current one.
+PATHS = ("base", "data.train", "data.valid", "data.test", "data.chat_template", "lora.adapter")
+ROW_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
+
+
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), *, need_files: bool = True
+) -> RunConfig:
+    """The settings of a YAML file, with `key=value` overrides put over them.
+
+    Paths in the file are relative to its folder if they exist there, else to the current folder;
+    paths in overrides are relative to the current folder. All come out absolute. With `need_files` a
+    path that is in neither place is an error. Raises ConfigError with file and line.
+    """
+    path = Path(path)
+    value, lines = read_yaml(_read_text(path), str(path))
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"this is {_found(value)} (wanted: settings)", fix="Begin with `base: smollm2-135m`.", path=path
+        )
+    source = _Source(str(path), lines)
+    for text in overrides:
+        _put_override(value, text, source)
+    config = _build(value, source)
+    return _with_paths(config, source, path.absolute().parent, need_files)
+
+
+def config_from(value: Mapping[str, Any], *, need_files: bool = True) -> RunConfig:
+    """The settings in a dict of the same shape; paths are relative to the current folder."""
+    source = _Source(None, {})
+    return _with_paths(_build(_plain(value), source), source, Path.cwd(), need_files)
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """Every setting as YAML; `read_config` reads it back equal."""
+    return write_yaml(config.model_dump())
+
+
+class _Source:
+    """Where each setting came from, for messages: a line of a file, or an override."""
+
+    def __init__(self, path: str | None, lines: Lines) -> None:
+        self.path, self.lines = path, lines
+        self.overrides: dict[Place, str] = {}
+
+    def override_of(self, place: Place) -> str | None:
+        """The override that set this place, if one did."""
+        return next((self.overrides[p] for p in _upwards(place) if p in self.overrides), None)
+
+    def line(self, place: Place) -> int | None:
+        return next((self.lines[p] for p in _upwards(place) if p in self.lines), None)
+
+    def error(self, place: Place, problem: str, fix: str | None = None) -> ConfigError:
+        override = self.override_of(place)
+        if override is not None:
+            return ConfigError(f"`{override}`: {problem}", fix=fix)
+        return ConfigError(problem, fix=fix, path=self.path, line=self.path and self.line(place) or None)
+
+
+def _upwards(place: Place) -> Iterator[Place]:
+    yield from (place[:length] for length in range(len(place), -1, -1))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        near = sorted(file.name for file in path.absolute().parent.glob("*.y*ml")) if path.name else []
+        close = difflib.get_close_matches(path.name, near, 1)
+        fix = f"Did you mean `{path.parent / close[0]}`?" if close else "Give the path of a YAML file."
+        raise ConfigError("there is no such config file", fix=fix, path=path) from error
+    except IsADirectoryError as error:
+        fix = "Give the YAML file in it; a run goes on with: lorimer train --resume RUN"
+        raise ConfigError("this is a folder (wanted: a config file)", fix=fix, path=path) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("this is not UTF-8 text", fix="Save it as UTF-8.", path=path) from error
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", path=path) from error
+
+
+def _put_override(value: dict[str, Any], text: str, source: _Source) -> None:
+    """Set one `a.b=value` in the settings; the value is read as YAML."""
+    name, sign, raw = text.partition("=")
+    place = tuple(part.strip() for part in name.split("."))
+    if not sign or not all(place):
+        raise ConfigError(
+            f"`{text}` is not a setting (wanted: KEY=VALUE)", fix="For example: train.learning_rate=2e-4"
+        )
+    try:
+        found = read_yaml(raw)[0] if raw[:1] in ("[", "{", '"', "'") else scalar(raw)
+    except ConfigError as error:
+        raise ConfigError(f"`{text}`: the value {error.problem}", fix="Put it in quotes.") from error
+    block: Any = value
+    for i, part in enumerate(place[:-1]):
+        if not isinstance(block.setdefault(part, {}), dict):
+            if issubclass(_block_at(place[: i + 1]) or Block, RunConfig) or _block_at(place[: i + 1]) is None:
+                raise _unknown(place, source, override=text)
+            block[part] = {}
+        block = block[part]
+    block[place[-1]] = found
+    source.overrides[place] = text
+
+
+def _block_at(place: Place) -> type[Block] | None:
+    """The class of the block at a place, or None if there is no block there."""
+    model: type[Block] = RunConfig
+    for part in place:
+        field = model.model_fields.get(str(part))
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, Block)):
+            return None
+        model = kind
+    return model
