@@ -1,0 +1,252 @@
+"""Every setting of a run, written once: its name, type, default, bounds and help.
+
+The command line, the docs, `lorimer config explain` and the JSON Schema are made from these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Every = Annotated[int, Field(ge=1)] | Literal["epoch", "never"]
+
+
+class Block(BaseModel):
+    """A group of settings. Unknown names are errors, so a typo cannot pass in silence."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Block):
+    train: str | list[str] = Field(
+        examples=["train.jsonl"],
+        description="Training rows: a file (JSONL, JSON, CSV, Parquet), a list of files, or a hub id.",
+    )
+    valid: str | None = Field(
+        None, examples=["valid.jsonl"], description="Validation rows: a file or a hub id."
+    )
+    test: str | None = Field(
+        None, examples=["test.jsonl"], description="Held-out rows for the before/after proof."
+    )
+    valid_fraction: Fraction = Field(
+        0.0,
+        examples=[0.05],
+        description="Share of the training rows set aside for validation if `valid` is not given.",
+    )
+    test_fraction: Fraction = Field(
+        0.0,
+        examples=[0.05],
+        description="Share of the training rows set aside for the proof if `test` is not given.",
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] = Field(
+        "auto", description="How a row is read; `auto` looks at its keys."
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant", description="Which tokens are trained: every answer, the last answer, or all."
+    )
+    max_tokens: int = Field(1024, ge=8, description="Longest row in tokens.")
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "drop", description="What happens to a longer row: stop, leave it out, or cut its end."
+    )
+    system: str | None = Field(
+        None,
+        examples=["Answer in one word."],
+        description="System prompt put before chats that have none of their own.",
+    )
+    chat_template: str | None = Field(
+        None,
+        examples=["chat.jinja"],
+        description="A Jinja file to use in place of the base's chat template.",
+    )
+    pack: bool = Field(
+        True, description="Pack rows without padding; false computes each row alone (slower, same losses)."
+    )
+    shuffle: bool = Field(True, description="Shuffle the rows anew in each epoch, by the seed.")
+
+    @model_validator(mode="after")
+    def _splits(self) -> DataConfig:
+        if self.valid and self.valid_fraction:
+            raise ValueError("`valid` and `valid_fraction` exclude each other: give one")
+        if self.test and self.test_fraction:
+            raise ValueError("`test` and `test_fraction` exclude each other: give one")
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError("`valid_fraction` and `test_fraction` together leave nothing to train on")
+        return self
+
+
+class LoraConfig(Block):
+    r: int = Field(16, ge=1, le=4096, description="Rank of the update (LoRA paper, section 4.1).")
+    alpha: float = Field(32.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
+    dropout: Fraction = Field(0.0, description="Dropout on the adapter's input during training.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        examples=[["q_proj", "v_proj"]],
+        description="`all-linear`, `attention`, `mlp`, a list of module names, or one regex "
+        "matched against the whole module path.",
+    )
+    layers: str | list[int] | None = Field(
+        None,
+        examples=["last:4"],
+        description="Which layers get adapters: a list, `8-15`, or `last:4`. All if not given.",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="Which biases are trained: none, all, or those of the adapted modules."
+    )
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        examples=[["lm_head"]],
+        description="Modules trained in full and saved with the adapter: `embed_tokens`, `lm_head`, norms.",
+    )
+    adapter: str | None = Field(
+        None,
+        examples=["runs/home/adapter"],
+        description="An adapter folder to start from; its r, alpha and targets are used.",
+    )
+
+
+class TrainConfig(Block):
+    epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        examples=[100],
+        description="Train for this many optimizer steps, whatever `epochs` says.",
+    )
+    batch_size: int = Field(16, ge=1, description="Rows per optimizer step.")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        examples=[2048],
+        description="Most tokens computed at once; a step is split to fit, with the same gradient. "
+        "Chosen from the memory there is if not given.",
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Shape of the learning rate after the warm-up."
+    )
+    warmup_ratio: Fraction = Field(0.03, description="Share of the steps spent warming up.")
+    warmup_steps: int | None = Field(
+        None, ge=0, examples=[10], description="Steps spent warming up, instead of a share."
+    )
+    optimizer: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (arXiv 1711.05101).")
+    adam_beta1: Fraction = Field(0.9, description="Decay of AdamW's first moment.")
+    adam_beta2: Fraction = Field(0.999, description="Decay of AdamW's second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's term against division by zero.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm; 0 does not clip.")
+    label_smoothing: Fraction = Field(0.0, description="Share of the target spread over the vocabulary.")
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        examples=[3],
+        description="Stop after this many evaluations without a better validation loss.",
+    )
+    eval_every: Every = Field(
+        "epoch", description="Measure the validation loss every N steps, each epoch, or never."
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Type of the frozen weights and activations; auto is bf16 where native."
+    )
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.")
+    threads: int | None = Field(
+        None, ge=1, examples=[2], description="CPU threads; all available if not given."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seeds order, initial adapter and dropout.")
+
+
+class EvaluateConfig(Block):
+    max_new_tokens: int = Field(256, ge=1, description="Longest generated answer in tokens.")
+    batch_size: int = Field(32, ge=1, description="Answers generated side by side.")
+    rows: int | None = Field(None, ge=1, examples=[50], description="Use only the first N held-out rows.")
+    samples: int = Field(3, ge=0, description="Changed answers shown at the end of a run.")
+
+
+class OutputConfig(Block):
+    dir: str = Field("runs", description="Folder that holds the run folders.")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        examples=["home"],
+        description="Name of this run's folder.",
+    )
+    save_every: Every = Field("epoch", description="Save a checkpoint every N steps, each epoch, or never.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept besides the best.")
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default_factory=list,
+        examples=[["tensorboard"]],
+        description="Also log to these; each is an extra to install.",
+    )
+
+
+class RunConfig(Block):
+    base: str = Field(
+        examples=["smollm2-135m"],
+        description="The model to adapt: a kept name, a folder, a .gguf file, or a hub id.",
+    )
+    data: DataConfig
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting as it is documented; `default` is None where there is none or it is not set."""
+
+    key: str
+    description: str
+    wanted: str
+    required: bool
+    default: Any
+    examples: list[Any]
+
+
+def _settings() -> dict[str, Setting]:
+    found = {}
+    models: dict[str, type[Block]] = {"": RunConfig, **BLOCKS}
+    for block, model in models.items():
+        properties = model.model_json_schema()["properties"]
+        for name, field in model.model_fields.items():
+            if not block and name in BLOCKS:
+                continue
+            key = f"{block}.{name}" if block else name
+            required = field.is_required()
+            default = None if required else field.get_default(call_default_factory=True)
+            examples = field.examples or [default]
+            found[key] = Setting(
+                key, field.description or "", _wanted(properties[name]), required, default, examples
+            )
+    return found
+
+
+def _wanted(schema: Mapping[str, Any]) -> str:
+    """What a JSON Schema asks for, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_wanted(part) for part in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " or ".join(schema.get("enum") or [schema["const"]])
+    if schema["type"] == "array":
+        return f"a list ({_wanted(schema['items'])})"
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    if schema["type"] == "string":
+        return f"text that matches {schema['pattern']}" if "pattern" in schema else "text"
+    bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+    return " ".join(
+        [words[schema["type"]], *(f"{w} {schema[k]:g}" for k, w in bounds.items() if k in schema)]
+    )
+
+
+BLOCKS: dict[str, type[Block]] = {
+    "data": DataConfig,
+    "lora": LoraConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "output": OutputConfig,
+}
+SETTINGS: dict[str, Setting] = _settings()
