@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Logits of this many trained positions are alive at a time: large enough for a good matrix
 # product, small enough that a vocabulary of 150,000 stays under 200 MB.
-HEAD_CHUNK = 256
+HEAD_CHUNK = 128
 
 
 def rms_norm(hidden_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -25,26 +25,27 @@ def rms_norm(hidden_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, T
     which the backward needs. With x = [3, 4], eps 0 and weight 1: rstd = 1 / sqrt(12.5),
     result [0.8485, 1.1314].
     """
-    wide_TH = hidden_TH.float()
-    rstd_T1 = torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
-    return (wide_TH * rstd_T1).mul_(weight_H).to(hidden_TH.dtype), rstd_T1
+    # A float32 copy, because in-place steps follow and the caller keeps its states.
+    wide_TH = hidden_TH.to(torch.float32, copy=True)
+    length_T1 = torch.linalg.vector_norm(wide_TH, dim=-1, keepdim=True)
+    rstd_T1 = torch.rsqrt(length_T1.square_().div_(wide_TH.shape[-1]).add_(eps))
+    return wide_TH.mul_(rstd_T1).mul_(weight_H).to(hidden_TH.dtype), rstd_T1
 
 
 def rms_norm_apply(hidden_TH: Tensor, rstd_T1: Tensor, weight_H: Tensor) -> Tensor:
     """The normed states again from the saved factor: cheaper than keeping them."""
-    return (hidden_TH.float() * rstd_T1).mul_(weight_H).to(hidden_TH.dtype)
+    return (hidden_TH * rstd_T1).mul_(weight_H).to(hidden_TH.dtype)
 
 
 def rms_norm_backward(
     grad_TH: Tensor, hidden_TH: Tensor, rstd_T1: Tensor, weight_H: Tensor, *, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the norm's input and, if asked for, of its weight (float32)."""
-    normed_TH = hidden_TH.float() * rstd_T1
-    wide_TH = grad_TH.float()
-    grad_weight_H = (wide_TH * normed_TH).sum(0) if weight_grad else None
-    wide_TH = wide_TH * weight_H
+    normed_TH = hidden_TH * rstd_T1
+    grad_weight_H = (grad_TH * normed_TH).sum(0) if weight_grad else None
+    wide_TH = grad_TH * weight_H
     dot_T1 = (wide_TH * normed_TH).mean(-1, keepdim=True)
-    wide_TH.sub_(normed_TH.mul_(dot_T1)).mul_(rstd_T1)
+    wide_TH.addcmul_(normed_TH, dot_T1, value=-1).mul_(rstd_T1)
     return wide_TH.to(hidden_TH.dtype), grad_weight_H
 
 
@@ -111,23 +112,26 @@ def cross_entropy_head(
     for start in range(0, hidden_MH.shape[0], HEAD_CHUNK):
         part = slice(start, start + HEAD_CHUNK)
         labels = labels_M[part].unsqueeze(1)
-        logits = (hidden_MH[part] @ head_VH.t()).float()
-        lse = logits.logsumexp(-1, keepdim=True)
-        nll = lse - logits.gather(1, labels)
+        log_probs = torch.log_softmax(hidden_MH[part] @ head_VH.t(), -1, dtype=torch.float32)
+        nll = -log_probs.gather(1, labels)
         if smoothing:
-            nll = (1 - smoothing) * nll + smoothing * (lse - logits.mean(-1, keepdim=True))
+            nll = (1 - smoothing) * nll - smoothing * log_probs.mean(-1, keepdim=True)
         losses_M[part] = nll.squeeze(1)
         if not need_grad:
             continue
-        logits.sub_(lse).exp_()
+        grad_logits = log_probs.exp_()
         if smoothing:
-            logits.sub_(smoothing / logits.shape[-1])
-        logits.scatter_add_(1, labels, torch.full_like(nll, smoothing - 1.0))
-        grad_logits = logits.mul_(weight).to(hidden_MH.dtype)
+            grad_logits.sub_(smoothing / grad_logits.shape[-1])
+        grad_logits.scatter_add_(1, labels, torch.full_like(nll, smoothing - 1.0))
+        # Probabilities are cast before they are weighted: the weight could push small ones below
+        # what the type holds.
+        narrow = grad_logits.to(hidden_MH.dtype)
         assert grad_hidden_MH is not None
-        torch.mm(grad_logits, head_VH, out=grad_hidden_MH[part])
+        torch.mm(narrow, head_VH, out=grad_hidden_MH[part])
         if grad_head_VH is not None:
-            grad_head_VH += (grad_logits.t() @ hidden_MH[part]).float()
+            grad_head_VH.addmm_(narrow.t().float(), hidden_MH[part].float(), alpha=weight)
+    if grad_hidden_MH is not None:
+        grad_hidden_MH.mul_(weight)
     return HeadResult(losses_M, grad_hidden_MH, grad_head_VH)
 
 

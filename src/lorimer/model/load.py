@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorimer.bases.open import BaseFiles
 from lorimer.errors import BaseError, UserError
+from lorimer.kernels.allocator import keep_freed_memory
 from lorimer.kernels.dispatch import Linear
 from lorimer.machine import native_bf16
 from lorimer.model.decoder import Decoder, Layer, NormSlot, Projections, Table
@@ -116,6 +117,7 @@ def load_decoder(base: BaseFiles, place: Place) -> Decoder:
     Raises BaseError for an architecture that is not supported, or weights that are missing or of
     the wrong shape.
     """
+    keep_freed_memory()
     spec = read_spec(base.config, path=str(base.path))
     reader = _Reader(base, spec, place)
     embedding = reader.table("model.embed_tokens")

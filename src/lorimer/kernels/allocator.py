@@ -1,0 +1,27 @@
+"""Keep freed memory in the process instead of giving it back after every operation.
+
+By default glibc returns large blocks to the system at once, and each new one then costs a page
+fault for every 4 KiB: on CPUs that took a third of a training step. Peak memory stays the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from functools import cache
+
+# Numbers of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# What mallopt takes at most on every version: it holds an int, and old ones refuse more than 32 MiB.
+LARGEST, LARGEST_OLD = (1 << 31) - 1, 32 << 20
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Ask the C library to reuse freed blocks; false where it cannot be asked (not glibc)."""
+    try:
+        mallopt = ctypes.CDLL(ctypes.util.find_library("c")).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim = mallopt(M_TRIM_THRESHOLD, LARGEST)
+    return bool(trim and (mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, LARGEST_OLD)))
