@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorimer.data.conversation import Message, detect_format, to_conversation, to_messages
-from lorimer.data.rows import Row, read_rows
+from lorimer.data.rows import Row, read_rows, scan_rows
 from lorimer.errors import DataError
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -192,6 +193,16 @@ REFUSED = {
         "a part of type `image_url`",
         "",
     ),
+    "part is text": (
+        {"messages": [{"role": "user", "content": ["text"]}, A]},
+        "`content` holds text as a part",
+        "",
+    ),
+    "half a character in arguments": (
+        {"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": r'{"x": "\ud83d"}'}]}]},
+        r"\ud83d is half of a character",
+        "",
+    ),
     "text part of null": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, A]},
         "`text` is null",
@@ -214,7 +225,7 @@ REFUSED = {
     ),
     "arguments no JSON": (
         {"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": "{x"}]}]},
-        "text that is not JSON: `{x`",
+        "`arguments` is text that cannot be read as JSON",
         "",
     ),
     "tools no list": ({"messages": [U, A], "tools": {"a": 1}}, "`tools` is an object", ""),
@@ -364,3 +375,54 @@ def test_prompts_for_a_model() -> None:
         to_messages([U, {"role": "robot", "content": "x"}])
     with pytest.raises(DataError, match="no messages"):
         to_messages([])
+
+
+BITS = (
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b'"',
+    b"{",
+    b"]",
+    b",",
+    b"null",
+    b"1e999",
+    b"\\ud800",
+    b"[" * 9,
+)
+
+
+def nudged(value: Any, rng: random.Random) -> Any:
+    """The value with one part of it, at any depth, put in place of something else."""
+    if rng.random() < 0.25 or not isinstance(value, dict | list) or not value:
+        return rng.choice([None, 1, True, "", "x", [], {}, [None], {"a": None}, [{"role": "user"}]])
+    if isinstance(value, dict):
+        key = rng.choice(list(value))
+        return {**value, key: nudged(value[key], rng)}
+    at = rng.randrange(len(value))
+    return [*value[:at], nudged(value[at], rng), *value[at + 1 :]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_in_a_file_becomes_a_row_or_one_message(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    good = [value for _, value, _ in READ.values()]
+    outcomes = set()
+    for _ in range(100):
+        data = bytearray("\n".join(json.dumps(nudged(value, rng)) for value in good).encode())
+        for _ in range(rng.randrange(3)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randrange(6)] = rng.choice(BITS)
+        path = tmp_path / f"rows{rng.choice(['.jsonl', '.json', '.csv'])}"
+        path.write_bytes(bytes(data))
+        for item in scan_rows(path):
+            try:
+                if isinstance(item, DataError):
+                    raise item
+                for turn in to_conversation(item).messages:
+                    turn.content.encode("utf-8")
+                outcomes.add("read")
+            except DataError as error:
+                outcomes.add(error.path == str(path))
+    assert outcomes == {"read", True}

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorimer.data.json_text import kind_of
+from lorimer.data.json_text import kind_of, one_value
 from lorimer.data.rows import Row
 from lorimer.errors import DataError
 
@@ -270,12 +270,11 @@ def _content(value: Any, key: str) -> str:
         return _text(value, key)
     parts = []
     for part in value:
-        kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
-        if kind != "text":
-            raise DataError(
-                f"`{key}` holds a part of type `{kind}`, wanted only text",
-                fix="Text is all that is trained.",
-            )
+        if not isinstance(part, Mapping):
+            raise DataError(f"`{key}` holds {kind_of(part)} as a part, wanted an object with `type`")
+        if part.get("type") != "text":
+            fix = "Text is all that is trained: take the part out, or delete the row."
+            raise DataError(f"`{key}` holds a part of type `{part.get('type')}`, wanted text", fix=fix)
         parts.append(_text(part.get("text"), "text"))
     return "\n".join(parts)
 
@@ -350,11 +349,10 @@ def _from_json(value: Any, key: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise DataError(
-            f"`{key}` is text that is not JSON: `{value[:40]}`", fix="Write it as JSON."
-        ) from None
+        return one_value(value)
+    except DataError as error:
+        problem = f"`{key}` is text that cannot be read as JSON: {error.problem}"
+        raise DataError(problem, fix="Write it as JSON.") from None
 
 
 def _keys(row: Row) -> set[str]:
