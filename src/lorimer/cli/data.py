@@ -29,12 +29,14 @@ PLACES = 3  # shown of each finding; --json has all
 
 Base = Annotated[
     str | None,
-    typer.Option(help=f"Whose tokenizer and chat template: a name, folder or .gguf. [{DEFAULT_BASE}]"),
+    typer.Option(
+        help=f"Whose tokenizer and chat template: a name, folder or .gguf. (default: {DEFAULT_BASE})"
+    ),
 ]
 Format = Annotated[
-    str | None, typer.Option(help="auto, messages, sharegpt, alpaca, completion or text. [auto]")
+    str | None, typer.Option(help="auto, messages, sharegpt, alpaca, completion or text. (default: auto)")
 ]
-TrainOn = Annotated[str | None, typer.Option(help="assistant, last_assistant or all. [assistant]")]
+TrainOn = Annotated[str | None, typer.Option(help="assistant, last_assistant or all. (default: assistant)")]
 System = Annotated[str | None, typer.Option(help="System prompt for chats that have none.")]
 Template = Annotated[str | None, typer.Option(help="A Jinja file in place of the base's chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -46,8 +48,8 @@ def check(
     base: Base = None,
     valid: Annotated[str | None, typer.Option(help="Validation rows.")] = None,
     test: Annotated[str | None, typer.Option(help="Held-out rows.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens. [1024]")] = None,
-    too_long: Annotated[str | None, typer.Option(help="error, drop or truncate. [drop]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest row in tokens. (default: 1024)")] = None,
+    too_long: Annotated[str | None, typer.Option(help="error, drop or truncate. (default: drop)")] = None,
     train_on: TrainOn = None,
     format: Format = None,
     system: System = None,
