@@ -227,7 +227,9 @@ def _not_kept(number: int, place: str) -> TemplateError:
 def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[Piece]:
     """Cut a text before each span; a piece's first characters, up to the span's end, are trained."""
     starts = [first for first, _ in spans]
-    pieces = [Piece(text[: starts[0]] if starts else text, 0)]
+    if not starts:
+        return [Piece(text, 0)]
+    pieces = [Piece(text[: starts[0]], 0)]
     for (first, last), until in zip(spans, [*starts[1:], len(text)], strict=True):
         pieces.append(Piece(text[first:until], last - first))
     return pieces

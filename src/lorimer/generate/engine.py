@@ -1,7 +1,9 @@
 """Prompts as ids -> answers as ids, side by side.
 
 Prompts are computed as one packed batch, without padding; then every row gets one token at a time.
-A row's keys and values never depend on its neighbours, so a batch gives what each prompt gives alone.
+A row's keys and values never depend on its neighbours, so in float32 a batch gives what each prompt
+gives alone. In bf16 the rounding of a matrix product depends on its number of rows, and two tokens
+that are nearly as likely can change places.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -217,16 +217,14 @@ class Session:
         self.seconds = {"load": time.perf_counter() - started, "eval": 0.0, "save": 0.0}
 
     def open_folder(self, run: RunFolder | None) -> None:
-        """The run's folder, a new one unless it is resumed, and the trackers that were asked for."""
+        """The run's folder: a new one unless it is resumed."""
         config = self.config
         if run is None:
             train_file = config.data.train if isinstance(config.data.train, str) else config.data.train[0]
             run = create_run(Path(config.output.dir), config.output.name, train_file)
             write_file(run.config, dump_yaml(config))
         self.run = run
-        name = run.path.name
-        self.trackers: Trackers = open_trackers(config.output.trackers, run.path, name, config.model_dump())
-        self._status = "failed"
+        self._status: Literal["finished", "interrupted", "failed"] = "failed"
 
     def close_record(self, error: BaseException) -> None:
         """Note in run.json how it ended; a full disk must not hide the first error."""
@@ -236,7 +234,11 @@ class Session:
             self.run.update_record(status=self._status, error=str(error) or type(error).__name__)
 
     def close(self) -> None:
-        self.trackers.close(self._status)
+        """Close what is open; a run that failed early may have opened neither."""
+        if hasattr(self, "trackers"):
+            self.trackers.close(self._status)
+        if hasattr(self, "metrics"):
+            self.metrics.close()
 
     def _template_source(self) -> str | None:
         if self.config.data.chat_template is None:
@@ -298,6 +300,14 @@ class Session:
         elif resuming:
             self._say("there is no whole checkpoint yet: the run begins again")
         self.metrics = MetricsFile(self.run.metrics, keep_until=self.progress.step)
+        self.trackers: Trackers = open_trackers(
+            self.config.output.trackers,
+            self.run.path,
+            self.run.path.name,
+            self.config.model_dump(),
+            first_step=self.progress.step,
+            note=self.reporter.note,
+        )
 
     def announce(self) -> None:
         """The start panel's facts, into run.json too."""
@@ -498,7 +508,6 @@ class Session:
             peak_memory_bytes=peak_memory(self.place.device),
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
-        self.metrics.close()
         self.reporter.finished(result)
         return result
 
@@ -525,6 +534,9 @@ class Session:
                         rows,
                         max_new_tokens=self.config.evaluate.max_new_tokens,
                         batch_size=self.config.evaluate.batch_size,
+                        seed=self.config.train.seed,
+                        train_on=self.config.data.train_on,
+                        name=label,
                     )
                 )
             write_file(self.run.eval / f"{label}.json", json.dumps(scores[-1].to_json(), indent=1))
