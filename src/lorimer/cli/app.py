@@ -144,7 +144,7 @@ def load_command(command: Command, width: int | None = None) -> Any:
     app._add_completion = False
     app.rich_markup_mode = None
     built = typer.main.get_command(app)
-    built.context_settings = settings | built.context_settings
+    built.context_settings = {**settings, **built.context_settings}
     return built
 
 

@@ -1,0 +1,318 @@
+"""How a run is told: a live table in a terminal, plain lines into a pipe.
+
+Both are the Reporter that train() calls. What they say is made by the functions at the end; they
+differ only in how they show it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lorimer.run import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from lorimer.evaluate.run import Change
+    from lorimer.train.loop import RunResult
+
+GIB = 1024**3
+SHOWN_STEPS = 8  # in the live table
+# Steps that the time to go is judged by: enough to even out rows of different lengths.
+TIMED_STEPS = 20
+# The estimate is said once, when this many steps were timed.
+ESTIMATED_AFTER = 3
+
+
+def open_progress(stream: TextIO | None = None) -> Plain:
+    """The reporter for a stream (stdout if not given): live in a terminal, plain otherwise."""
+    stream = stream or sys.stdout
+    dumb = os.environ.get("TERM") == "dumb"
+    return Live(stream) if stream.isatty() and not dumb else Plain(stream)
+
+
+class Clock:
+    """Time to go, from the wall time of the last steps; evaluations and saves between them count."""
+
+    def __init__(self) -> None:
+        self.moments: deque[float] = deque(maxlen=TIMED_STEPS + 1)
+        self.total = self.done = 0
+
+    def start(self, info: dict[str, Any]) -> None:
+        self.total, self.done = info["steps"], info["first_step"]
+        self.moments.append(time.monotonic())
+
+    def tick(self, step: int) -> None:
+        self.done = step
+        self.moments.append(time.monotonic())
+
+    @property
+    def to_go(self) -> float | None:
+        """Seconds left, or None before the first step."""
+        timed = len(self.moments) - 1
+        if timed < 1:
+            return None
+        return (self.moments[-1] - self.moments[0]) / timed * (self.total - self.done)
+
+
+class Plain:
+    """A line for a step, at most one a second; everything else as it comes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.clock = Clock()
+        self.steps_told = 0
+        self.last_line = 0.0
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing is held open here; the live one gives the terminal back."""
+
+    def write(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+    def start(self, info: dict[str, Any]) -> None:
+        self.clock.start(info)
+        for name, text in facts(info):
+            self.write(f"{name:<10}{text}")
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.clock.tick(record["step"])
+        self.steps_told += 1
+        now = time.monotonic()
+        if self.steps_told == ESTIMATED_AFTER and self.clock.to_go:
+            self.write(f"estimate  {duration(self.clock.to_go)} for {self.clock.total} steps")
+        if now - self.last_line >= 1 or record["step"] == self.clock.total:
+            self.last_line = now
+            self.write(step_line(record, self.clock))
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self.write(evaluation_line(record))
+
+    def saved(self, path: Path, step: int) -> None:
+        self.write(f"saved {path.name}")
+
+    def note(self, text: str) -> None:
+        self.write(text)
+
+    def proving(self, text: str) -> None:
+        self.write(text)
+
+    def finished(self, result: RunResult) -> None:
+        from lorimer.evaluate.show import answers_text, comparison_text
+
+        self.write(finished_line(result))
+        if result.comparison is not None:
+            self.write("\n" + comparison_text(result.comparison))
+        if changes := read_changes(result):
+            self.write("\n" + answers_text(changes))
+        self.write("\nnext")
+        for command in next_commands(result, changes):
+            self.write(f"  {command}")
+
+
+class Live(Plain):
+    """A panel, then the last steps in a table above a bar, redrawn in place."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live as RichLive
+
+        super().__init__(stream)
+        self.console: Console = Console(file=stream, highlight=False)
+        self.records: deque[dict[str, Any]] = deque(maxlen=SHOWN_STEPS)
+        self.status = ""
+        self.live = RichLive(console=self.console, refresh_per_second=4, get_renderable=self._picture)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.stop()
+
+    def write(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def start(self, info: dict[str, Any]) -> None:
+        from rich import box
+        from rich.panel import Panel
+        from rich.table import Table
+
+        self.clock.start(info)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="cyan", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, text in facts(info):
+            grid.add_row(name, text)
+        self.console.print(
+            Panel(grid, box=box.ROUNDED, title="lorimer train", title_align="left", expand=False)
+        )
+        self.live.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.clock.tick(record["step"])
+        self.records.append(record)
+        self.status = ""
+
+    def saved(self, path: Path, step: int) -> None:
+        self.status = f"saved {path.name}"
+
+    def proving(self, text: str) -> None:
+        self.status = text
+
+    def finished(self, result: RunResult) -> None:
+        from rich.rule import Rule
+
+        from lorimer.evaluate.show import answers_text, comparison_table
+
+        self.live.stop()
+        self.write(finished_line(result))
+        if result.comparison is not None:
+            self.console.print(Rule("before and after, on held-out rows", align="left"))
+            self.console.print(comparison_table(result.comparison))
+        changes = read_changes(result)
+        if changes:
+            self.console.print(Rule("answers that changed", align="left"))
+            self.write(answers_text(changes))
+        self.console.print(Rule("next", align="left"))
+        for command in next_commands(result, changes):
+            self.console.print(f"  {command}", style="bold", markup=False, soft_wrap=True)
+
+    def _picture(self) -> RenderableType:
+        """What is redrawn: the last steps, and the bar with the time to go."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("step", "epoch", "loss", "lr", "norm", "tokens/s", "memory"):
+            table.add_column(name, justify="right", no_wrap=True)
+        before: float | None = None
+        for record in self.records:
+            table.add_row(*_cells(record, before))
+            before = record["loss"]
+        bar = Table.grid(padding=(0, 1))
+        done, total = self.clock.done, self.clock.total
+        to_go = self.clock.to_go
+        left = "first step" if to_go is None else f"{duration(to_go)} to go" if done < total else "trained"
+        bar.add_row(ProgressBar(total=total, completed=done, width=30), f"{done}/{total}", left)
+        return Group(table, bar, self.status) if self.status else Group(table, bar)
+
+
+def _cells(record: dict[str, Any], before: float | None) -> list[str]:
+    arrow = "" if before is None else " [green]↓[/]" if record["loss"] < before else " [red]↑[/]"
+    return [
+        str(record["step"]),
+        f"{record['epoch']:.2f}",
+        f"{record['loss']:.4f}{arrow}",
+        f"{record['learning_rate']:.1e}",
+        f"{record['grad_norm']:.2f}",
+        f"{record['tokens_per_second']:,.0f}",
+        f"{record['memory_bytes'] / GIB:.1f} GiB",
+    ]
+
+
+# --- what is said -----------------------------------------------------------------------------
+
+
+def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """The start panel: name and text of each line."""
+    share = info["trained_tokens"] / max(1, info["tokens"])
+    others = [f"{info[f'{name}_rows']:,} {name}" for name in ("valid", "test") if info[f"{name}_rows"]]
+    rows = f"{info['rows']:,} rows" + (f" (and {', '.join(others)})" if others else "")
+    threads = f", {info['threads']} threads" if info["device"] == "cpu" else ""
+    steps = f"{info['steps']:,} steps of {info['batch_size']} rows"
+    if info["first_step"]:
+        steps += f", from step {info['first_step'] + 1}"
+    rate = f"{info['lr_scheduler']}, {info['learning_rate']:g}, {info['warmup_steps']} steps of warm-up"
+    tokens = f"{info['tokens']:,} tokens, {info['trained_tokens']:,} trained ({share:.0%})"
+    return [
+        ("base", f"{info['base']} ({info['architecture']}, {info['base_parameters'] / 1e6:,.0f} M)"),
+        (
+            "machine",
+            f"{info['device']}, {info['dtype']}{threads}, {info['micro_batch_tokens']:,} tokens at once",
+        ),
+        ("method", f"LoRA r={info['r']} alpha={info['alpha']:g}: {info['targets']}"),
+        ("", info["trainable"]),
+        ("data", rows),
+        ("", tokens),
+        ("", f"chat template: {info['template']}"),
+        ("schedule", steps),
+        ("", rate),
+        ("run", short_path(Path(info["run"]))),
+    ]
+
+
+def step_line(record: dict[str, Any], clock: Clock) -> str:
+    width = len(str(clock.total))
+    to_go = "" if clock.to_go is None or clock.done >= clock.total else f"  {duration(clock.to_go)} to go"
+    return (
+        f"step {record['step']:>{width}}/{clock.total}  loss {record['loss']:.4f}"
+        f"  lr {record['learning_rate']:.1e}  norm {record['grad_norm']:.2f}"
+        f"  {record['tokens_per_second']:,.0f} tokens/s{to_go}"
+    )
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    best = ", the best so far" if record["best"] else ""
+    return f"step {record['step']}  validation loss {record['valid_loss']:.4f}{best}"
+
+
+def finished_line(result: RunResult) -> str:
+    seconds = RunFolder(result.path).read_record().get("train_seconds")
+    took = f" in {duration(seconds)}" if seconds else ""
+    return f"trained {result.steps:,} steps{took}; adapter: {short_path(result.adapter)}"
+
+
+def read_changes(result: RunResult) -> list[Change]:
+    """The answers that the run kept in samples.jsonl."""
+    path = RunFolder(result.path).samples
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def next_commands(result: RunResult, changes: Sequence[Change]) -> list[str]:
+    """What to do with the adapter, as commands that run as they are."""
+    run = shlex.quote(short_path(result.path))
+    example = changes[0]["prompt"] if changes else "Hello"
+    if len(example) > 60 or "\n" in example:
+        example = "Hello"
+    commands = [f"lorimer chat {run}", f"lorimer generate {run} {shlex.quote(example)}"]
+    if result.comparison is not None:
+        commands.append(f"lorimer eval {run}")
+    return [*commands, f"lorimer merge {run} --out {shlex.quote(short_path(result.path) + '-merged')}"]
+
+
+def short_path(path: Path) -> str:
+    """The path from here where that is shorter, so that it can be typed."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
