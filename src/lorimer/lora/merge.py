@@ -24,6 +24,7 @@ from lorimer.model.spec import ModelSpec
 from lorimer.storage import check_space, write_folder
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 4_000_000_000
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -75,7 +76,7 @@ def merge(
             counts["bytes"] += tensor.nbytes
             writer.add(name, tensor)
         writer.close()
-        text = json.dumps(_config(base, adapter, dtype), indent=2)
+        text = json.dumps(_config(base, spec, adapter, dtype), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         if eos := base.eos_token_ids():
             generation = json.dumps({"eos_token_id": eos if len(eos) > 1 else eos[0]}, indent=2)
@@ -102,9 +103,15 @@ def _merged(
             counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
             counts["numbers"] += value.numel()
         yield name, (value if merged is None else merged).to(dtype).contiguous()
-    head = "lm_head.weight"
-    if head not in base.tensors and head in adapter.tensors and not adapter.spec.tie:
-        yield head, adapter.tensors[head].detach().to(dtype)
+    if HEAD not in base.tensors and _untied(spec, adapter):
+        trained = adapter.tensors.get(HEAD)
+        value = read_weight(base, spec, EMBEDDING) if trained is None else trained.detach()
+        yield HEAD, value.to(dtype).contiguous()
+
+
+def _untied(spec: ModelSpec, adapter: Adapter) -> bool:
+    """Whether the base's head is its embedding, and only one of them was trained, or each apart."""
+    return spec.tied_head and not adapter.spec.tie and bool({HEAD, EMBEDDING} & set(adapter.tensors))
 
 
 def _update(name: str, value: Tensor, adapter: Adapter) -> Tensor | None:
@@ -119,7 +126,7 @@ def _update(name: str, value: Tensor, adapter: Adapter) -> Tensor | None:
     return value + adapter.spec.scale(module) * (up.detach() @ down.detach())
 
 
-def _config(base: BaseFiles, adapter: Adapter, dtype: str) -> dict[str, Any]:
+def _config(base: BaseFiles, spec: ModelSpec, adapter: Adapter, dtype: str) -> dict[str, Any]:
     """The base's config with the type of the weights; a head trained apart is no longer tied."""
     config = {key: value for key, value in base.config.items() if value is not None}
     config.pop("quantization_config", None)
@@ -127,7 +134,7 @@ def _config(base: BaseFiles, adapter: Adapter, dtype: str) -> dict[str, Any]:
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     config.setdefault("architectures", [ARCHITECTURES[str(config["model_type"])]])
     config |= {"dtype": names[dtype], "torch_dtype": names[dtype]}
-    if "lm_head.weight" in adapter.tensors and not adapter.spec.tie:
+    if _untied(spec, adapter):
         config["tie_word_embeddings"] = False
     return config
 

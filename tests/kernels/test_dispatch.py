@@ -1,0 +1,200 @@
+"""The autograd operations against plain autograd in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import difference
+from torch import Tensor
+
+from lorimer.kernels import dispatch
+from lorimer.kernels.dispatch import Dropout, Gate, Linear, LowRank, Norm
+from lorimer.quant.linear import DenseLinear
+
+T, I = 9, 6
+ROWS = (5, 4, 3)  # the second is not adapted
+RANKS, SCALES = (2, 3), (0.5, 1.7)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, dtype: torch.dtype) -> LowRank:
+    up = torch.zeros(sum(ROWS), sum(RANKS))
+    up[:5, :2] = b1 * SCALES[0]
+    up[9:, 2:] = b2 * SCALES[1]
+    spans = ((0, 5, 0, 2, SCALES[0]), (9, 3, 2, 3, SCALES[1]))
+    return LowRank(torch.cat([a1, a2]).to(dtype), up.to(dtype), spans)
+
+
+@pytest.mark.parametrize(
+    ("before", "residual", "bias", "drop", "lora"),
+    [
+        case
+        for case in itertools.product(
+            ("none", "norm", "gate"), (False, True), (False, True), (False, True), (False, True)
+        )
+        if case[4] or not case[3]
+    ],
+)
+def test_project(before: str, residual: bool, bias: bool, drop: bool, lora: bool) -> None:
+    """Every gradient: input, residual, norm weight, bias, and the factors of two outputs out of three."""
+    x = randn(T, 2 * I if before == "gate" else I, seed=1).requires_grad_()
+    weight, rest = randn(sum(ROWS), I, seed=2), randn(T, sum(ROWS), seed=3).requires_grad_()
+    norm, offset = (1 + 0.3 * randn(I, seed=4)).requires_grad_(), randn(sum(ROWS), seed=5).requires_grad_()
+    a1, b1 = randn(2, I, seed=6), randn(5, 2, seed=7).requires_grad_()
+    a2, b2 = randn(3, I, seed=8), randn(3, 3, seed=9).requires_grad_()
+    stacked = torch.cat([a1, a2]).requires_grad_()
+    pool, picks = (randn(4, I, seed=10) > 0).float() * 2, torch.arange(T) % 4
+    grad = randn(T, sum(ROWS), seed=11)
+
+    leaves = {"x": x, "rest": rest, "norm": norm, "offset": offset, "stacked": stacked, "b1": b1, "b2": b2}
+    wide = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    states = wide["x"]
+    if before == "norm":
+        states = states / torch.sqrt(states.square().mean(-1, keepdim=True) + 1e-3) * wide["norm"]
+    elif before == "gate":
+        states = F.silu(states[:, :I]) * states[:, I:]
+    exact = states @ weight.double().t()
+    if residual:
+        exact = exact + wide["rest"]
+    if bias:
+        exact = exact + wide["offset"]
+    if lora:
+        dropped = states * pool[picks] if drop else states
+        down = dropped @ wide["stacked"].t()
+        first = down[:, :2] @ wide["b1"].t() * SCALES[0]
+        second = down[:, 2:] @ wide["b2"].t() * SCALES[1]
+        exact = exact + torch.cat([first, exact.new_zeros(T, 4), second], 1)
+    exact.backward(grad.double())
+
+    linear = Linear(
+        DenseLinear(weight),
+        offset.detach() if bias else None,
+        low_rank(a1, b1.detach(), a2, b2.detach(), torch.float32) if lora else None,
+    )
+    rule = {"none": None, "norm": Norm(norm.detach(), 1e-3), "gate": Gate()}[before]
+    output = dispatch.project(
+        x,
+        linear,
+        before=rule,
+        residual_TO=rest if residual else None,
+        dropout=Dropout(pool, picks) if drop else None,
+        norm_parameter=norm if before == "norm" else None,
+        bias_parameter=offset if bias else None,
+        factors=(stacked, b1, b2) if lora else (),
+    )
+    output.backward(grad)
+    assert difference(output.detach(), exact.detach()) < 1e-6
+    for name, leaf in leaves.items():
+        if wide[name].grad is None:
+            assert leaf.grad is None, name
+        else:
+            assert leaf.grad is not None, name
+            assert difference(leaf.grad, wide[name].grad) < 3e-6, name
+
+
+def test_project_in_bf16_keeps_factor_gradients_in_float32() -> None:
+    """Factors are float32 parameters; products are bf16, so 2^-8 relative is what can be expected."""
+    x, weight = randn(T, I, seed=1), randn(sum(ROWS), I, seed=2)
+    parts = [randn(2, I, seed=6), randn(5, 2, seed=7), randn(3, I, seed=8), randn(3, 3, seed=9)]
+    factors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = (torch.cat([parts[0], parts[2]]).requires_grad_(), *(parts[i].clone().requires_grad_() for i in (1, 3)))
+        linear = Linear(DenseLinear(weight.to(dtype)), None, low_rank(*parts, dtype))
+        dispatch.project(x.to(dtype).requires_grad_(), linear, factors=leaves).square().sum().backward()
+        factors[dtype] = [leaf.grad for leaf in leaves]
+    for exact, mine in zip(*factors.values(), strict=True):
+        assert mine is not None
+        assert mine.dtype == torch.float32
+        assert difference(mine, exact) < 3e-2
+
+
+def test_frozen_input_gets_no_gradient_and_frozen_weight_neither() -> None:
+    weight = randn(sum(ROWS), I, seed=2).requires_grad_()
+    parts = [randn(2, I, seed=6), randn(5, 2, seed=7), randn(3, I, seed=8), randn(3, 3, seed=9)]
+    leaves = (torch.cat([parts[0], parts[2]]).requires_grad_(), *(parts[i].requires_grad_() for i in (1, 3)))
+    linear = Linear(DenseLinear(weight), None, low_rank(*[p.detach() for p in parts], torch.float32))
+    x = randn(T, I, seed=1)
+    dispatch.project(x, linear, factors=leaves).sum().backward()
+    assert x.grad is None
+    assert weight.grad is None
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rms_norm_over_heads(trained: bool) -> None:
+    x, weight, grad = randn(4, 3, 5, seed=1).requires_grad_(), 1 + randn(5, seed=2), randn(4, 3, 5, seed=3)
+    parameter = weight.clone().requires_grad_()
+    wide, wide_weight = x.detach().double().requires_grad_(), weight.double().requires_grad_()
+    exact = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * wide_weight
+    exact.backward(grad.double())
+    output = dispatch.rms_norm(x, Norm(weight, 1e-3), parameter if trained else None)
+    output.backward(grad)
+    assert difference(output.detach(), exact.detach()) < 1e-6
+    assert x.grad is not None
+    assert difference(x.grad, wide.grad) < 3e-6
+    if trained:
+        assert parameter.grad is not None
+        assert difference(parameter.grad, wide_weight.grad) < 3e-6
+
+
+def test_rotate_backward() -> None:
+    x, grad, angles = randn(4, 2, 6, seed=1).requires_grad_(), randn(4, 2, 6, seed=2), randn(4, 3, seed=3)
+    dispatch.rotate(x, angles.cos(), angles.sin()).backward(grad)
+    wide = x.detach().double().requires_grad_()
+    cos, sin = angles.double().cos().unsqueeze(1), angles.double().sin().unsqueeze(1)
+    left, right = wide.chunk(2, -1)
+    torch.cat([left * cos - right * sin, right * cos + left * sin], -1).backward(grad.double())
+    assert x.grad is not None
+    assert difference(x.grad, wide.grad) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_causal_attention_backward(window: int | None) -> None:
+    leaves = [randn(2, n, 7, 4, seed=s).requires_grad_() for n, s in ((4, 1), (2, 2), (2, 3))]
+    grad = randn(2, 4, 7, 4, seed=4)
+    dispatch.causal_attention(*leaves, 0.5, window).backward(grad)
+    wides = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    age = torch.arange(7).unsqueeze(1) - torch.arange(7)
+    seen = (age >= 0) & (age < (window or 7))
+    F.scaled_dot_product_attention(*wides, seen, scale=0.5, enable_gqa=True).backward(grad.double())
+    for leaf, wide in zip(leaves, wides, strict=True):
+        assert leaf.grad is not None
+        assert difference(leaf.grad, wide.grad) < 3e-6
+
+
+def test_gather_by_hand() -> None:
+    """Rows 0 and 1 to slots 0 and 2; slot 1 is padding and its gradient is dropped."""
+    source = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    picked = dispatch.gather(source, torch.tensor([0, 0, 1]), torch.tensor([0, 2]))
+    assert picked.tolist() == [[1.0], [1.0], [2.0]]
+    picked.backward(torch.tensor([[5.0], [7.0], [11.0]]))
+    assert source.grad is not None
+    assert source.grad.tolist() == [[5.0], [11.0]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("head_trained", [False, True])
+def test_head_loss(smoothing: float, head_trained: bool) -> None:
+    hidden, head = randn(5, 4, seed=1).requires_grad_(), randn(11, 4, seed=2).requires_grad_(head_trained)
+    labels = torch.tensor([0, 10, 3, 3, 7])
+    wide, wide_head = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    exact = F.cross_entropy(wide @ wide_head.t(), labels, label_smoothing=smoothing)
+    (3 * exact).backward()
+    loss, losses = dispatch.head_loss(hidden, head, labels, weight=1 / 5, smoothing=smoothing)
+    assert not losses.requires_grad
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-6)
+    assert float(losses.mean()) == pytest.approx(float(exact.detach()), rel=1e-6)
+    (3 * loss).backward()
+    assert hidden.grad is not None
+    assert difference(hidden.grad, wide.grad) < 3e-6
+    if head_trained:
+        assert head.grad is not None
+        assert difference(head.grad, wide_head.grad) < 3e-6
+    else:
+        assert head.grad is None

@@ -1,0 +1,286 @@
+"""The trained parameters: where they lie, how they begin, and their gradients against PEFT's."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from tiny import (
+    FP32,
+    PEFT_NOISE,
+    Tiny,
+    difference,
+    example,
+    make_tiny,
+    our_logits,
+    peft_name,
+    random_rows,
+    save,
+    shake,
+)
+
+from lorimer.config import LoraConfig, TrainConfig
+from lorimer.data.pack import make_pack, split_into_packs
+from lorimer.errors import ConfigError
+from lorimer.lora.adapter import new_adapter
+from lorimer.lora.layers import MASKS, Adapter, LoraDropout, remove
+from lorimer.model.decoder import Decoder
+from lorimer.model.loss import pack_loss, pack_losses
+from lorimer.train.optimizer import AdamW
+from lorimer.train.step import train_step
+
+pytestmark = PEFT_NOISE
+ROWS = random_rows((6, 11, 11, 3, 24))
+
+
+def adapt(tiny: Tiny, *, seed: int = 3, **settings: Any) -> Adapter:
+    return new_adapter(tiny.decoder, LoraConfig(**({"alpha": 4} | settings)), seed=seed)[0]
+
+
+def checksum(decoder: Decoder) -> str:
+    """Of every frozen number of the decoder."""
+    digest = hashlib.sha256()
+    tensors = [decoder.embedding.weight.dequantise(), decoder.head.weight.dequantise()]
+    for group in decoder.projections():
+        tensors += [group.linear.weight.weight_OI]  # type: ignore[attr-defined]
+        tensors += [] if group.linear.bias_O is None else [group.linear.bias_O]
+    for tensor in tensors + [slot.weight_H for slot in decoder.norms()]:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+EVERYTHING = {
+    "bias": "all",
+    "modules_to_save": ["norm", "input_layernorm", "post_attention_layernorm", "embed_tokens", "lm_head"],
+}
+# name -> family, changes to the model, settings of the adapter
+ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {"r": 3, "alpha": 5}),
+    "llama longrope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}},
+        {"r": 3, "alpha": 5, "target_modules": ["v_proj", "o_proj"]},
+    ),
+    "mistral, rsLoRA": ("mistral", {}, {"r": 4, "alpha": 3, "rslora": True}),
+    "qwen2, all biases": ("qwen2", {}, {"r": 2, "bias": "all", "target_modules": ["k_proj", "down_proj"]}),
+    "qwen2, biases of adapted": ("qwen2", {}, {"r": 2, "bias": "lora_only", "target_modules": ["k_proj"]}),
+    "qwen2, everything": ("qwen2", {}, {"r": 2, "alpha": 4} | EVERYTHING),
+    "llama, tied": (
+        "llama",
+        {"tie_word_embeddings": True},
+        {"r": 2, "alpha": 4, "target_modules": "mlp", "modules_to_save": ["embed_tokens"]},
+    ),
+    "qwen3, head norms": (
+        "qwen3",
+        {},
+        {"r": 3, "alpha": 9, "modules_to_save": ["q_norm", "k_norm"], "layers": [0, 2]},
+    ),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_loss_and_gradients_equal_peft(name: str, smoothing: float, tmp_path: Path) -> None:
+    """The same files in transformers and PEFT, autograd through all of it, one row at a time."""
+    family, changes, settings = ADAPTERS[name]
+    tiny = make_tiny(tmp_path / "base", family, **changes)
+    adapter = adapt(tiny, **settings)
+    shake(adapter)
+    save(tmp_path / "adapter", tiny, adapter)
+
+    examples = [example(row) for row in ROWS]
+    pack = make_pack(examples, range(len(ROWS)))
+    loss, _ = pack_loss(tiny.decoder, pack, weight=1 / pack.trained_tokens, smoothing=smoothing)
+    loss.backward()
+
+    peft = PeftModel.from_pretrained(tiny.hf, tmp_path / "adapter", is_trainable=True).eval()
+    total = torch.zeros(())
+    for row in ROWS:
+        logits = peft(torch.tensor([row])).logits[0]
+        part = F.cross_entropy(
+            logits[1:-1], torch.tensor(row[2:]), reduction="sum", label_smoothing=smoothing
+        )
+        total = total + part / pack.trained_tokens
+    total.backward()
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+
+    theirs = {peft_name(n): p.grad for n, p in peft.named_parameters() if p.requires_grad}
+    assert set(theirs) == set(adapter.tensors)
+    if adapter.spec.tie:  # one tensor here, two copies there
+        both = theirs["model.embed_tokens.weight"] + theirs["lm_head.weight"]
+        theirs |= {"model.embed_tokens.weight": both, "lm_head.weight": both}
+    for key, tensor in adapter.tensors.items():
+        assert tensor.grad is not None
+        assert difference(tensor.grad, theirs[key]) < 1e-4, key
+
+
+def test_every_number_lies_in_the_flat_buffer_once(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path, "qwen2")
+    adapter = adapt(tiny, r=2, **EVERYTHING)
+    assert adapter.flat.grad is not None
+    with torch.no_grad():
+        for tensor in adapter.tensors.values():
+            tensor.zero_()
+            assert tensor.grad is not None
+            tensor.grad.fill_(1.0)
+        assert not adapter.flat.any()
+        for tensor in adapter.tensors.values():
+            tensor.add_(1.0)
+    assert bool((adapter.flat == 1).all())
+    assert bool((adapter.flat.grad == 1).all())
+    assert sum(t.numel() for t in adapter.tensors.values()) == adapter.parameters
+    matrices, rest = adapter.decay_parts()
+    assert matrices.numel() == sum(t.numel() for t in adapter.tensors.values() if t.dim() == 2)
+    assert matrices.numel() + rest.numel() == adapter.parameters
+    starts = {name: t.storage_offset() for name, t in adapter.tensors.items()}
+    for name, tensor in adapter.tensors.items():
+        assert (starts[name] < matrices.numel()) == (tensor.dim() == 2), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_at_step_0_nothing_changes(family: str, tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path, family)
+    before = our_logits(tiny.decoder, ROWS)
+    settings = EVERYTHING if family != "llama" else {}
+    adapter = adapt(tiny, r=5, **settings)
+    for mine, base in zip(our_logits(tiny.decoder, ROWS), before, strict=True):
+        assert torch.equal(mine, base)
+    shake(adapter)
+    assert not torch.equal(our_logits(tiny.decoder, ROWS)[0], before[0])
+    tiny.decoder.adapted = False
+    assert torch.equal(our_logits(tiny.decoder, ROWS)[0], before[0])
+    tiny.decoder.adapted = True
+    remove(tiny.decoder)
+    assert torch.equal(our_logits(tiny.decoder, ROWS)[0], before[0])
+
+
+def test_the_beginning_is_a_function_of_seed_and_name(tmp_path: Path) -> None:
+    """A in +-1/sqrt(inputs), B zero; what else is adapted makes no difference."""
+    tiny = make_tiny(tmp_path)
+    alone = adapt(tiny, target_modules=["k_proj"]).tensors
+    among = adapt(tiny, bias="all", modules_to_save=["norm"]).tensors
+    other = adapt(tiny, target_modules=["k_proj"], seed=4).tensors
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, among[name])
+        if "lora_A" in name:
+            bound = 36**-0.5
+            assert 0.9 * bound < float(tensor.detach().abs().max()) <= bound
+            assert not torch.equal(tensor, other[name])
+        else:
+            assert not tensor.any()
+    first, second = (f"model.layers.{i}.self_attn.k_proj.lora_A.weight" for i in (0, 1))
+    assert not torch.equal(alone[first], alone[second])
+
+
+def test_scale(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path)
+    path = "model.layers.0.mlp.up_proj"
+    assert adapt(tiny, r=4, alpha=6).spec.scale(path) == 1.5
+    assert adapt(tiny, r=4, alpha=6, rslora=True).spec.scale(path) == 3.0
+
+
+def test_what_cannot_be_trained_in_full_is_named(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path)
+    with pytest.raises(ConfigError, match="`score`") as caught:
+        adapt(tiny, modules_to_save=["score"])
+    assert "embed_tokens, lm_head, input_layernorm" in str(caught.value)
+
+
+@pytest.mark.trap(54)
+def test_training_leaves_the_base_alone(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path, "qwen2")
+    before, files = checksum(tiny.decoder), (tmp_path / "model.safetensors").read_bytes()
+    adapter = adapt(tiny, r=2, **EVERYTHING)
+    start = adapter.flat.detach().clone()
+    optimizer = AdamW(adapter, TrainConfig())
+    for step in range(3):
+        packs = [make_pack([example(row) for row in ROWS], range(len(ROWS)))]
+        train_step(tiny.decoder, optimizer, packs, step=step, learning_rate=0.05)
+    assert not torch.equal(adapter.flat, start)
+    assert checksum(tiny.decoder) == before
+    assert (tmp_path / "model.safetensors").read_bytes() == files
+
+
+def masks_of(dropout: LoraDropout, step: int, rows: Any, lengths: Any, number: int) -> torch.Tensor:
+    masks = dropout.for_pack(step, rows, lengths)(number, 36)
+    return masks(torch.ones(sum(lengths), 36))
+
+
+def test_masks_do_not_depend_on_the_split() -> None:
+    dropout = LoraDropout(0.25, 7, torch.float32, FP32.device)
+    whole = masks_of(dropout, 5, (0, 1, 2), (4, 6, 2), 3)
+    other = LoraDropout(0.25, 7, torch.float32, FP32.device)  # as after resuming: no history
+    parts = [masks_of(other, 5, (row,), (n,), 3) for row, n in ((2, 2), (0, 4), (1, 6))]
+    assert torch.equal(whole, torch.cat([parts[1], parts[2], parts[0]]))
+
+
+def test_masks_differ_by_step_module_row_position_and_seed() -> None:
+    dropout = LoraDropout(0.5, 7, torch.float32, FP32.device)
+    first = masks_of(dropout, 0, (0, 1), (3, 3), 0)
+    assert len({tuple(mask) for mask in first.tolist()}) == 6
+    assert not torch.equal(masks_of(dropout, 1, (0, 1), (3, 3), 0), first)
+    assert not torch.equal(masks_of(dropout, 0, (0, 1), (3, 3), 1), first)
+    seeded = LoraDropout(0.5, 8, torch.float32, FP32.device)
+    assert not torch.equal(masks_of(seeded, 0, (0, 1), (3, 3), 0), first)
+    assert torch.equal(masks_of(dropout, 0, (0, 1), (3, 3), 0), first)
+
+
+def test_masks_drop_the_share_that_was_asked_for() -> None:
+    dropout = LoraDropout(0.2, 7, torch.float32, FP32.device)
+    mask = masks_of(dropout, 0, range(40), (64,) * 40, 0)
+    assert mask.unique().tolist() == [0.0, 1.25]
+    assert float((mask == 0).float().mean()) == pytest.approx(0.2, abs=0.01)
+    assert float(mask.mean()) == pytest.approx(1.0, abs=0.01)
+    # A hash without structure: 2560 tokens point to about MASKS * (1 - e^(-2560/MASKS)) masks.
+    picks = dropout.for_pack(0, range(40), (64,) * 40)(0, 36).picks_T
+    assert len(picks.unique()) == pytest.approx(MASKS * (1 - 2.718 ** (-2560 / MASKS)), rel=0.05)
+
+
+def test_gradient_with_dropout_does_not_depend_on_the_split(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path)
+    adapter = adapt(tiny, r=3, dropout=0.5)
+    shake(adapter)
+    assert adapter.flat.grad is not None
+    dropout = LoraDropout(0.5, 7, torch.float32, FP32.device)
+    examples = [example(row) for row in ROWS]
+    seen = []
+    for packs in (
+        split_into_packs(examples, 1000),
+        split_into_packs(examples, 25),
+        split_into_packs(examples, 1000, together=False),
+        [make_pack(examples, range(len(ROWS)))],
+    ):
+        adapter.flat.grad.zero_()
+        trained = sum(pack.trained_tokens for pack in packs)
+        for pack in packs:
+            masks = dropout.for_pack(2, pack.rows, pack.lengths)
+            pack_loss(tiny.decoder, pack, weight=1 / trained, dropouts=masks)[0].backward()
+        seen.append(adapter.flat.grad.clone())
+    for gradient in seen[1:]:
+        assert difference(gradient, seen[0]) < 1e-5
+    adapter.flat.grad.zero_()
+    pack_loss(tiny.decoder, packs[0], weight=1 / trained)[0].backward()
+    assert difference(adapter.flat.grad, seen[0]) > 1e-2
+
+
+@pytest.mark.trap(55)
+def test_dropout_is_off_wherever_nothing_is_trained(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path)
+    adapter = adapt(tiny, r=3, dropout=0.5)
+    shake(adapter)
+    pack = make_pack([example(row) for row in ROWS], range(len(ROWS)))
+    first = pack_losses(tiny.decoder, pack)
+    optimizer = AdamW(adapter, TrainConfig())
+    dropout = LoraDropout(0.5, 7, torch.float32, FP32.device)
+    trained = train_step(tiny.decoder, optimizer, [pack], step=0, learning_rate=0.0, dropout=dropout)
+    assert abs(trained.loss - float(first.mean())) > 1e-3
+    second = pack_losses(tiny.decoder, pack)
+    assert torch.equal(first, second)
+    without = make_tiny(tmp_path)
+    shake(adapt(without, r=3, dropout=0.0))
+    assert torch.equal(pack_losses(without.decoder, pack), second)

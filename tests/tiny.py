@@ -1,0 +1,189 @@
+"""Random tiny models in Hugging Face layout, of shapes that catch what round numbers hide.
+
+The heads together are wider than the hidden states, the vocabulary is odd, key/value heads are few,
+and norms and biases are random, so nothing that is left out or put in the wrong order can pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from lorimer.bases.open import BaseFiles, open_base
+from lorimer.data.template import Example
+from lorimer.lora.adapter import save_adapter
+from lorimer.lora.layers import Adapter
+from lorimer.model.decoder import Decoder
+from lorimer.model.load import Place, load_decoder
+
+torch.set_num_threads(1)
+
+# PEFT speaks of tied weights, and calls what transformers has renamed; neither is about us.
+PEFT_SAYS = ("tie_word_embeddings", "is_gradient_checkpointing", "embedding layers")
+PEFT_NOISE = [pytest.mark.filterwarnings(f"ignore:(?s).*{words}") for words in PEFT_SAYS]
+
+FP32 = Place(torch.device("cpu"), torch.float32)
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = tuple(CONFIGS)
+SHAPE = {
+    "vocab_size": 101,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+# What sets each architecture apart, switched on.
+DIFFERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 3},
+}
+
+
+@dataclass
+class Tiny:
+    """One model twice: in transformers and in lorimer, from the same files."""
+
+    folder: Path
+    hf: Any
+    base: BaseFiles
+    decoder: Decoder
+
+
+def make_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Tiny:
+    """A random model of this family, saved to `folder` and opened by both sides in float32."""
+    config = CONFIGS[family](**(SHAPE | DIFFERS[family] | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if value.dim() > 1:
+                value.copy_(noise * value.shape[1] ** -0.5 * (5 if "embed" in name else 1))
+            else:
+                value.copy_(0.3 * noise + (1 if "norm" in name else 0))
+    model.save_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    base = open_base(folder)
+    return Tiny(folder, model, base, load_decoder(base, FP32))
+
+
+def random_rows(lengths: Sequence[int], *, seed: int = 0, vocab: int = 101) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def example(ids: Sequence[int], trained: Sequence[bool] | None = None) -> Example:
+    """Trained from the third token on, if not said otherwise."""
+    marks = [i > 1 for i in range(len(ids))] if trained is None else list(trained)
+    return Example(np.array(ids, np.int32), np.array(marks, bool), "made:1")
+
+
+def our_logits(decoder: Decoder, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of rows computed as one pack."""
+    lengths = [len(row) for row in rows]
+    ids = torch.tensor([token for row in rows for token in row])
+    with torch.no_grad():
+        return list(decoder.logits(decoder.hidden(ids, lengths)).split(lengths))
+
+
+def hf_logits(model: Any, row: Sequence[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([list(row)]), use_cache=False).logits[0].float()
+    return logits
+
+
+def difference(mine: Tensor, theirs: Tensor) -> float:
+    """The largest difference against the largest value."""
+    return float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30))
+
+
+def shake(adapter: Adapter, *, seed: int = 1, size: float = 0.15) -> None:
+    """Move every trained number, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        adapter.flat.add_(torch.randn(adapter.flat.shape, generator=generator) * size)
+    adapter.refresh()
+
+
+def save(folder: Path, tiny: Tiny, adapter: Adapter, ours: Mapping[str, Any] | None = None) -> Path:
+    manifest = {"base": {"fingerprint": tiny.base.fingerprint()}} if ours is None else ours
+    save_adapter(folder, adapter, tiny.decoder, base=str(tiny.folder), ours=manifest)
+    return folder
+
+
+def peft_name(name: str) -> str:
+    """PEFT's parameter name in a live model -> ours."""
+    for part in ("base_model.model.", ".default", ".modules_to_save", ".base_layer"):
+        name = name.replace(part, "")
+    return name
+
+
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(path: Path, tiny: Tiny) -> Path:
+    """The same model as llama.cpp's converter writes it, in F32."""
+    config = tiny.hf.config
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(SHAPE["head_dim"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    tied = config.tie_word_embeddings
+    for name, value in tiny.hf.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        module, _, kind = name.rpartition(".")
+        array = value.numpy()
+        if config.model_type == "llama" and module.endswith(("q_proj", "k_proj")):
+            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
+            halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        if module in TOP:
+            writer.add_tensor(f"{TOP[module]}.{kind}", np.ascontiguousarray(array))
+        else:
+            _, _, number, rest = module.split(".", 3)
+            writer.add_tensor(f"blk.{number}.{LAYER[rest]}.{kind}", np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
