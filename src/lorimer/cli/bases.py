@@ -126,12 +126,11 @@ def _base_lines(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _adapter_lines(facts: Facts) -> list[tuple[str, str]]:
-    targets = facts["target_modules"]
     lines = [
         ("adapter for", facts["base"] or "not said"),
         ("r", str(facts["r"])),
         ("alpha", f"{facts['alpha']}{' (rsLoRA)' if facts['rslora'] else ''}"),
-        ("targets", ", ".join(targets) if isinstance(targets, list) else str(targets)),
+        ("targets", ", ".join(facts["target_modules"])),
         ("also trained", ", ".join(facts["modules_to_save"]) or None),
         ("parameters", f"{facts['parameters']:,}"),
         ("weights", f"{size(facts['bytes'])}"),
