@@ -116,7 +116,9 @@ def hf_logits(model: Any, row: Sequence[int]) -> Tensor:
 
 def difference(mine: Tensor, theirs: Tensor) -> float:
     """The largest difference against the largest value."""
-    return float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30))
+    return float(
+        (mine.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30)
+    )
 
 
 def shake(adapter: Adapter, *, seed: int = 1, size: float = 0.15) -> None:

@@ -104,7 +104,10 @@ def test_project_in_bf16_keeps_factor_gradients_in_float32() -> None:
     parts = [randn(2, I, seed=6), randn(5, 2, seed=7), randn(3, I, seed=8), randn(3, 3, seed=9)]
     factors = {}
     for dtype in (torch.float32, torch.bfloat16):
-        leaves = (torch.cat([parts[0], parts[2]]).requires_grad_(), *(parts[i].clone().requires_grad_() for i in (1, 3)))
+        leaves = (
+            torch.cat([parts[0], parts[2]]).requires_grad_(),
+            *(parts[i].clone().requires_grad_() for i in (1, 3)),
+        )
         linear = Linear(DenseLinear(weight.to(dtype)), None, low_rank(*parts, dtype))
         dispatch.project(x.to(dtype).requires_grad_(), linear, factors=leaves).square().sum().backward()
         factors[dtype] = [leaf.grad for leaf in leaves]
@@ -117,7 +120,10 @@ def test_project_in_bf16_keeps_factor_gradients_in_float32() -> None:
 def test_frozen_input_gets_no_gradient_and_frozen_weight_neither() -> None:
     weight = randn(sum(ROWS), I, seed=2).requires_grad_()
     parts = [randn(2, I, seed=6), randn(5, 2, seed=7), randn(3, I, seed=8), randn(3, 3, seed=9)]
-    leaves = (torch.cat([parts[0], parts[2]]).requires_grad_(), *(parts[i].requires_grad_() for i in (1, 3)))
+    leaves = (
+        torch.cat([parts[0], parts[2]]).requires_grad_(),
+        *(parts[i].requires_grad_() for i in (1, 3)),
+    )
     linear = Linear(DenseLinear(weight), None, low_rank(*[p.detach() for p in parts], torch.float32))
     x = randn(T, I, seed=1)
     dispatch.project(x, linear, factors=leaves).sum().backward()

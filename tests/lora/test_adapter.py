@@ -68,7 +68,11 @@ OURS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "attention in two layers": ("qwen3", {}, {"r": 2, "target_modules": "attention", "layers": [0, 2]}),
     "paths": ("llama", {}, {"r": 2, "target_modules": r".*(0\.mlp\.up_proj|2\.self_attn\.q_proj)"}),
     "all biases": ("qwen2", {}, {"r": 2, "bias": "all", "target_modules": ["k_proj", "down_proj"]}),
-    "biases of adapted": ("qwen2", {}, {"r": 2, "bias": "lora_only", "target_modules": ["k_proj", "v_proj"]}),
+    "biases of adapted": (
+        "qwen2",
+        {},
+        {"r": 2, "bias": "lora_only", "target_modules": ["k_proj", "v_proj"]},
+    ),
     "last norm": ("llama", {}, {"r": 2, "modules_to_save": ["norm"]}),
     "all norms": ("qwen3", {}, {"r": 2, "modules_to_save": ["input_layernorm", "q_norm", "model.norm"]}),
     "embedding and head": ("llama", {}, {"r": 2, "modules_to_save": ["embed_tokens", "lm_head"]}),
@@ -391,7 +395,9 @@ def test_other_kinds_are_refused(saved: tuple[Tiny, Path], peft_type: str) -> No
         ("lorimer.json", "3", "should be a JSON object"),
     ],
 )
-def test_broken_files_are_named(saved: tuple[Tiny, Path], file: str, content: str | None, words: str) -> None:
+def test_broken_files_are_named(
+    saved: tuple[Tiny, Path], file: str, content: str | None, words: str
+) -> None:
     path = saved[1] / file
     path.unlink()
     if content is not None:

@@ -146,7 +146,12 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"model_type": "qwen2", "sliding_window": 4}, ()),
         ({"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": False}, ()),
         (
-            {"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
+            {
+                "model_type": "qwen2",
+                "sliding_window": 4,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
             (None, 4, 4),
         ),
         (

@@ -48,9 +48,11 @@ def generate_ids(
 ) -> list[Answer]:
     """An answer for each prompt, in order. The end-of-turn token is not part of an answer.
 
-    `stop` sees the answer so far and may end it. Raises UserError for an empty prompt or one that
-    leaves the model's context no room.
+    `stop` sees the answer so far and may end it. Raises UserError for an empty prompt, one that
+    leaves the model's context no room, or no room for an answer.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens} (wanted: 1 or more)")
     seen: Counter[bytes] = Counter()
     answers = []
     for number, prompt in enumerate(prompts):

@@ -1,0 +1,98 @@
+"""Packs: no token lost, no row split, labels where they belong."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from tiny import example
+
+from lorimer.data.pack import Pack, make_pack, split_into_packs
+
+
+def made(lengths: list[int]) -> list:
+    """Rows whose tokens say where they are from: row * 1000 + position; some trained, some not."""
+    draw = random.Random(sum(lengths))
+    return [
+        example([row * 1000 + i for i in range(n)], [i > 0 and draw.random() < 0.6 for i in range(n)])
+        for row, n in enumerate(lengths)
+    ]
+
+
+def contents(pack: Pack) -> dict[int, tuple[list[int], list[int], list[int]]]:
+    """row -> (tokens, positions in the row that predict, labels)"""
+    found = {}
+    start = 0
+    for place, (row, length) in enumerate(zip(pack.rows, pack.lengths, strict=True)):
+        mine = pack.owner_M == place
+        found[row] = (
+            pack.ids_T[start : start + length].tolist(),
+            (pack.predict_M[mine] - start).tolist(),
+            pack.labels_M[mine].tolist(),
+        )
+        start += length
+    assert start == pack.tokens
+    return found
+
+
+def test_by_hand() -> None:
+    rows = [example([5, 6, 7], [False, True, True]), example([8, 9], [False, True])]
+    pack = make_pack(rows, [0, 1])
+    assert pack.ids_T.tolist() == [8, 9, 5, 6, 7]
+    assert pack.lengths == (2, 3)
+    assert pack.rows == (1, 0)
+    assert pack.predict_M.tolist() == [0, 2, 3]
+    assert pack.labels_M.tolist() == [9, 6, 7]
+    assert pack.owner_M.tolist() == [0, 1, 1]
+    assert (pack.tokens, pack.trained_tokens) == (5, 3)
+    assert {str(t.dtype) for t in (pack.ids_T, pack.predict_M, pack.labels_M, pack.owner_M)} == {
+        "torch.int64"
+    }
+
+
+def test_the_first_token_of_a_row_is_never_predicted() -> None:
+    rows = [example([5, 6], [True, True]), example([7, 8], [True, False])]
+    pack = make_pack(rows, [0, 1])
+    assert pack.labels_M.tolist() == [6]
+
+
+def test_rows_keep_their_numbers() -> None:
+    pack = make_pack([example([5, 6, 7]), example([8, 9])], [40, 7])
+    assert pack.rows == (7, 40)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_is_whole_in_exactly_one_pack(seed: int, together: bool) -> None:
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 40) for _ in range(draw.randint(1, 25))]
+    most = draw.randint(1, 80)
+    examples = made(lengths)
+    packs = split_into_packs(examples, most, together=together)
+    assert sorted(row for pack in packs for row in pack.rows) == list(range(len(lengths)))
+    assert sum(pack.tokens for pack in packs) == sum(lengths)
+    for pack in packs:
+        assert len(pack.rows) == 1 or (together and pack.tokens <= most)
+        assert list(pack.lengths) == sorted(pack.lengths)
+        for row, (tokens, predict, labels) in contents(pack).items():
+            assert tokens == examples[row].ids.tolist()
+            trained = [i for i in range(1, len(tokens)) if examples[row].trained[i]]
+            assert [i + 1 for i in predict] == trained
+            assert labels == [tokens[i] for i in trained]
+
+
+def test_first_fit_decreasing_by_hand() -> None:
+    """Room for 10: 7 + 3, 6 + 4, then 2 beside nothing."""
+    packs = split_into_packs(made([2, 3, 7, 4, 6]), 10)
+    assert [pack.rows for pack in packs] == [(1, 2), (3, 4), (0,)]
+    assert [pack.rows for pack in split_into_packs(made([12, 5, 5]), 10)] == [(0,), (1, 2)]
+
+
+def test_the_split_is_a_function_of_the_lengths() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 50, 60)]
+    first, second = (
+        [(pack.rows, pack.ids_T.tolist()) for pack in split_into_packs(made(lengths), 100)]
+        for _ in range(2)
+    )
+    assert first == second

@@ -1,0 +1,231 @@
+"""Writing that is whole or not there: failures injected at every call, every byte checked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorimer import storage
+from lorimer.errors import StorageError
+from lorimer.storage import check_space, check_writable, verify_folder, write_file, write_folder, write_json
+
+OLD, NEW = {"a.txt": b"old a", "sub/b.bin": b"old b"}, {"a.txt": b"new a", "c.txt": b"new c" * 99}
+
+
+def filler(files: dict[str, bytes]) -> Callable[[Path], None]:
+    def fill(folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    return fill
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(folder).items() if name != "manifest.json"}
+
+
+def test_a_folder_is_written_and_verified(tmp_path: Path) -> None:
+    write_folder(tmp_path / "deep" / "x", filler(OLD))
+    assert content(tmp_path / "deep" / "x") == OLD
+    assert verify_folder(tmp_path / "deep" / "x") is None
+    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["x"]
+
+
+def test_a_folder_replaces_another_whole(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", filler(OLD))
+    write_folder(tmp_path / "x", filler(NEW))
+    assert content(tmp_path / "x") == NEW
+    assert verify_folder(tmp_path / "x") is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_without_a_manifest(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", filler(OLD), manifest=False)
+    assert tree(tmp_path / "x") == OLD
+
+
+class Failing:
+    """The operating system's call fails at its n-th time, and only then."""
+
+    def __init__(self, call: Callable[..., Any], at: int) -> None:
+        self.call, self.at, self.times = call, at, 0
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.times += 1
+        if self.times == self.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.call(*given, **named)
+
+
+# Syncs of a replaced folder: its two files, the manifest, the staged folder; then the parent.
+# A folder that is there is moved aside by one rename more.
+POINTS = [("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4), ("rename", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "old"),
+    [(*point, old) for point in POINTS for old in (True, False)] + [("rename", 2, True)],
+)
+def test_a_failure_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int, old: bool
+) -> None:
+    if old:
+        write_folder(tmp_path / "x", filler(OLD))
+    before = tree(tmp_path)
+    failing = Failing(getattr(os, name), at)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, failing)
+        with pytest.raises(StorageError, match="No space left on device"):
+            write_folder(tmp_path / "x", filler(NEW))
+    assert failing.times >= at
+    assert tree(tmp_path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == (["x"] if old else [])
+    assert not old or verify_folder(tmp_path / "x") is None
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "broken disk"), ValueError("mine"), KeyboardInterrupt()]
+)
+def test_a_failure_while_filling_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
+    write_folder(tmp_path / "x", filler(OLD))
+    before = tree(tmp_path)
+
+    def fill(folder: Path) -> None:
+        filler(NEW)(folder)
+        raise error
+
+    with pytest.raises(StorageError if isinstance(error, OSError) else type(error)):
+        write_folder(tmp_path / "x", fill)
+    assert tree(tmp_path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_process_that_dies_leaves_what_was_there(tmp_path: Path, old: bool) -> None:
+    """And what it left behind does not stand in the way of the next attempt."""
+    if old:
+        write_folder(tmp_path / "x", filler(OLD))
+    program = (
+        "import os, pathlib, sys; from lorimer.storage import write_folder\n"
+        "def fill(folder):\n    (folder / 'a.txt').write_text('half'); os._exit(9)\n"
+        "write_folder(pathlib.Path(sys.argv[1]) / 'x', fill)\n"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=os.environ | {"PYTHONPATH": paths}, check=False
+    )
+    assert done.returncode == 9
+    assert (tmp_path / "x").exists() is old
+    assert not old or content(tmp_path / "x") == OLD
+    write_folder(tmp_path / "x", filler(NEW))
+    assert content(tmp_path / "x") == NEW
+
+
+def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    write_folder(folder, filler(OLD | {"empty": b""}))
+    for name, data in OLD.items():
+        file = folder / name
+        for place in range(len(data)):
+            file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            assert f"{name} does not have the content" in str(verify_folder(folder))
+            file.write_bytes(data[:place])
+            assert f"{name} has {place} bytes (wanted: {len(data)})" in str(verify_folder(folder))
+        file.write_bytes(data + b"x")
+        assert f"{name} has {len(data) + 1} bytes" in str(verify_folder(folder))
+        file.unlink()
+        assert f"{file.name} is missing" in str(verify_folder(folder))
+        file.write_bytes(data)
+    assert verify_folder(folder) is None
+
+
+def test_a_truncated_or_missing_manifest_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    write_folder(folder, filler(OLD))
+    manifest = folder / "manifest.json"
+    data = manifest.read_bytes()
+    for length in range(len(data) - 1):  # the last byte is a line end
+        manifest.write_bytes(data[:length])
+        assert "the manifest cannot be read" in str(verify_folder(folder))
+    for broken in (b"[]", b"{}", b'{"files": 3}', b'{"files": {"a.txt": 3}}', b"\xff"):
+        manifest.write_bytes(broken)
+        assert "the manifest cannot be read" in str(verify_folder(folder))
+    manifest.unlink()
+    assert verify_folder(folder) == "manifest.json is missing"
+
+
+def test_every_flipped_digit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    write_folder(folder, filler(OLD))
+    manifest = folder / "manifest.json"
+    data = manifest.read_bytes()
+    start = data.index(b'"files"')
+    for place in range(start, len(data)):
+        if bytes([data[place]]).isalnum():
+            manifest.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            assert verify_folder(folder) is not None, data[place - 9 : place + 9]
+
+
+@pytest.mark.parametrize("at", ["fsync", "replace"])
+def test_a_file_is_the_old_one_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    file = tmp_path / "x.txt"
+    write_file(file, "old é")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, at, Failing(getattr(os, at), 1))
+        with pytest.raises(StorageError, match="bytes needed"):
+            write_file(file, b"new")
+    assert tree(tmp_path) == {"x.txt": "old é".encode()}
+    write_file(file, b"new")
+    assert tree(tmp_path) == {"x.txt": b"new"}
+    write_json(file, {"é": 1})
+    assert file.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+
+
+def test_messages_name_the_path_and_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1234))  # type: ignore[attr-defined]
+    with pytest.raises(StorageError) as caught:
+        check_space(tmp_path / "not" / "yet", 5000)
+    text = str(caught.value)
+    assert str(tmp_path / "not" / "yet") in text
+    assert "5,000 bytes needed, 1,234 bytes free" in text
+    assert caught.value.exit_code == 4
+    check_space(tmp_path, 1234)
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("file", encoding="utf-8")
+    with pytest.raises(StorageError, match="Not a directory"):
+        check_writable(tmp_path / "x" / "y")
+    with pytest.raises(StorageError):
+        write_folder(tmp_path / "x" / "y", filler(NEW))
+    with pytest.raises(StorageError):
+        storage.make_folder(tmp_path / "x")
+    assert tree(tmp_path) == {"x": b"file"}
+
+
+def test_a_disk_that_cannot_be_written_shows_by_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        check_writable(tmp_path / "a" / "b")
