@@ -52,7 +52,8 @@ def evaluate(
 
     Example: lorimer eval runs/home --min-score exact_match=0.75
 
-    Metrics: loss, perplexity, exact_match, json_valid, json_fields, bleu, chrf, rouge1, rouge2, rougeL.
+    Metrics: loss, perplexity, exact_match, json_valid, json_precision, json_recall, json_f1, bleu,
+    chrf, rouge1, rouge2, rougeL.
     """
     from lorimer.evaluate.run import compare_scores
     from lorimer.generate.model import load

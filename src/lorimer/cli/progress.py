@@ -21,6 +21,8 @@ from lorimer.run import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.live import Live as RichLive
+    from rich.text import Text
 
     from lorimer.evaluate.run import Change
     from lorimer.train.loop import RunResult
@@ -132,13 +134,12 @@ class Live(Plain):
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
-        from rich.live import Live as RichLive
 
         super().__init__(stream)
         self.console: Console = Console(file=stream, highlight=False)
         self.records: deque[dict[str, Any]] = deque(maxlen=SHOWN_STEPS)
         self.status = ""
-        self.live = RichLive(console=self.console, refresh_per_second=4, get_renderable=self._picture)
+        self.live: RichLive | None = None
 
     def __exit__(
         self,
@@ -146,25 +147,34 @@ class Live(Plain):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.live.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
 
     def write(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        from rich.text import Text
+
+        self.console.print(Text(text))
 
     def start(self, info: dict[str, Any]) -> None:
         from rich import box
+        from rich.live import Live as RichLive
         from rich.panel import Panel
         from rich.table import Table
+        from rich.text import Text
 
         self.clock.start(info)
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="cyan", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, text in facts(info):
-            grid.add_row(name, text)
+            grid.add_row(name, Text(text))
         self.console.print(
             Panel(grid, box=box.ROUNDED, title="lorimer train", title_align="left", expand=False)
         )
+        self.live = RichLive(console=self.console, get_renderable=self._picture)
         self.live.start()
 
     def step(self, record: dict[str, Any]) -> None:
@@ -180,10 +190,11 @@ class Live(Plain):
 
     def finished(self, result: RunResult) -> None:
         from rich.rule import Rule
+        from rich.text import Text
 
         from lorimer.evaluate.show import answers_text, comparison_table
 
-        self.live.stop()
+        self._stop()
         self.write(finished_line(result))
         if result.comparison is not None:
             self.console.print(Rule("before and after, on held-out rows", align="left"))
@@ -194,13 +205,14 @@ class Live(Plain):
             self.write(answers_text(changes))
         self.console.print(Rule("next", align="left"))
         for command in next_commands(result, changes):
-            self.console.print(f"  {command}", style="bold", markup=False, soft_wrap=True)
+            self.console.print(Text(f"  {command}", style="bold"), soft_wrap=True)
 
     def _picture(self) -> RenderableType:
         """What is redrawn: the last steps, and the bar with the time to go."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("step", "epoch", "loss", "lr", "norm", "tokens/s", "memory"):
@@ -214,15 +226,19 @@ class Live(Plain):
         to_go = self.clock.to_go
         left = "first step" if to_go is None else f"{duration(to_go)} to go" if done < total else "trained"
         bar.add_row(ProgressBar(total=total, completed=done, width=30), f"{done}/{total}", left)
-        return Group(table, bar, self.status) if self.status else Group(table, bar)
+        return Group(table, bar, Text(self.status)) if self.status else Group(table, bar)
 
 
-def _cells(record: dict[str, Any], before: float | None) -> list[str]:
-    arrow = "" if before is None else " [green]↓[/]" if record["loss"] < before else " [red]↑[/]"
+def _cells(record: dict[str, Any], before: float | None) -> list[str | Text]:
+    from rich.text import Text
+
+    loss = Text(f"{record['loss']:.4f}")
+    if before is not None:
+        loss.append(*((" ↓", "green") if record["loss"] < before else (" ↑", "red")))
     return [
         str(record["step"]),
         f"{record['epoch']:.2f}",
-        f"{record['loss']:.4f}{arrow}",
+        loss,
         f"{record['learning_rate']:.1e}",
         f"{record['grad_norm']:.2f}",
         f"{record['tokens_per_second']:,.0f}",

@@ -230,16 +230,26 @@ def _wanted(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_wanted(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return " or ".join(schema.get("enum") or [schema["const"]])
+        return _listed(schema.get("enum") or [schema["const"]])
     if schema["type"] == "array":
         return f"a list ({_wanted(schema['items'])})"
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
     if schema["type"] == "string":
         return f"text that matches {schema['pattern']}" if "pattern" in schema else "text"
-    bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+    bounds = {
+        "minimum": "from",
+        "exclusiveMinimum": "above",
+        "maximum": "to",
+        "exclusiveMaximum": "to below",
+    }
     return " ".join(
-        [words[schema["type"]], *(f"{w} {schema[k]:g}" for k, w in bounds.items() if k in schema)]
+        [words[schema["type"]], *(f"{w} {schema[k]}" for k, w in bounds.items() if k in schema)]
     )
+
+
+def _listed(names: list[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 BLOCKS: dict[str, type[Block]] = {

@@ -1,0 +1,54 @@
+# Two commands: make quickstart, make test.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+
+help:
+	@echo "make quickstart  train a real model on this machine and prove it (no account, no GPU)"
+	@echo "make test        format, lint, types, docs and every test"
+	@echo "make bench       lorimer against TRL and PEFT, in an environment of its own"
+	@echo "make docs        write the generated pages of docs/ anew"
+	@echo "make clean       delete the virtual environments and caches"
+
+quickstart: $(VENV)/.installed
+	$(RUN)/lorimer quickstart
+
+test: $(VENV)/.installed-test
+	$(RUN)/ruff format --check
+	$(RUN)/ruff check
+	$(RUN)/mypy
+	$(RUN)/python docs/generate.py --check
+	$(RUN)/python -m pytest
+
+bench: .venv-bench/.installed
+	.venv-bench/bin/lorimer pull smollm2-135m
+	.venv-bench/bin/python benchmarks/training.py
+
+docs: $(VENV)/.installed
+	$(RUN)/python docs/generate.py
+
+# The environment is made anew only when what it is made from has changed.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.python
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/.python
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+# The peers that are compared are not wanted in the environment that users get.
+.venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
+
+.PHONY: help quickstart test bench docs clean
