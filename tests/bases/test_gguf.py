@@ -1,0 +1,237 @@
+"""GGUF files: what the gguf package writes is read; what lies is refused, and costs nothing."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from gguf_files import entry, header, info, text, write_model
+from lorimer.bases.gguf import GgufFile
+from lorimer.errors import BaseError
+
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_type_reads_as_the_gguf_package_reads_it(tmp_path: Path, dtype: str) -> None:
+    path = write_model(tmp_path / "model.gguf", dtype=dtype)
+    mine, theirs = GgufFile(path), gguf.GGUFReader(path)
+    assert list(mine.tensors) == [tensor.name for tensor in theirs.tensors]
+    for tensor in theirs.tensors:
+        found = mine.tensors[tensor.name]
+        wanted = (tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist())), tensor.n_bytes)
+        assert (found.dtype, found.shape, found.nbytes) == wanted
+        assert np.array_equal(mine.raw(tensor.name), tensor.data.view(np.uint8).ravel())
+    assert mine.tensors["blk.0.attn_k.weight"].dtype == dtype
+
+
+def test_every_kind_of_metadata_reads_as_it_was_written(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_uint8("u8", 255)
+    writer.add_int8("i8", -128)
+    writer.add_uint16("u16", 65535)
+    writer.add_int16("i16", -32768)
+    writer.add_uint32("u32", 2**32 - 1)
+    writer.add_int32("i32", -(2**31))
+    writer.add_uint64("u64", 2**64 - 1)
+    writer.add_int64("i64", -(2**63))
+    writer.add_float32("f32", 0.5)
+    writer.add_float64("f64", 0.1)
+    writer.add_bool("yes", True)
+    writer.add_string("text", "naïve 日本")
+    writer.add_array("texts", ["", "a", "日本"])
+    writer.add_array("numbers", [3, 1, 2])
+    writer.add_array("bools", [True, False])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    wanted = {
+        "general.architecture": "llama",
+        "u8": 255, "i8": -128, "u16": 65535, "i16": -32768, "u32": 2**32 - 1, "i32": -(2**31),
+        "u64": 2**64 - 1, "i64": -(2**63), "f32": 0.5, "f64": 0.1, "yes": True, "text": "naïve 日本",
+        "texts": ["", "a", "日本"], "numbers": [3, 1, 2], "bools": [True, False],
+    }  # fmt: skip
+    assert GgufFile(tmp_path / "a.gguf").metadata == wanted
+
+
+def test_versions_2_and_3_and_another_alignment_are_read(tmp_path: Path) -> None:
+    for version in (2, 3):
+        aligned = entry("general.alignment", U32, struct.pack("<I", 64))
+        start = header([aligned], [info("w", [4])], version=version)
+        raw = start + bytes(-len(start) % 64) + struct.pack("<4f", 1, 2, 3, 4)
+        (tmp_path / "a.gguf").write_bytes(raw)
+        file = GgufFile(tmp_path / "a.gguf")
+        assert file.raw("w").view("<f4").tolist() == [1, 2, 3, 4]
+
+
+def test_reading_copies_nothing_and_writing_never_reaches_the_file(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.gguf")
+    before = path.read_bytes()
+    raw = GgufFile(path).raw("token_embd.weight")
+    assert not raw.flags.owndata
+    raw[:] = 0
+    assert path.read_bytes() == before
+
+
+W = info("w", [4])
+# What is broken -> the words that say so.
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "the file is empty"),
+    "two bytes": (b"GG", "the magic needs 4 bytes, 2 are left"),
+    "another format": (header(magic=b"PK\3\4"), "does not begin with GGUF"),
+    "version 1": (header(version=1), r"version is 1 \(wanted: 2 or 3\)"),
+    "big endian": (header(version=3 << 24), "version is 50331648"),
+    "too many tensors": (header(tensors=2**60), "says it holds 1,152,921,504,606,846,976 tensors"),
+    "too many entries": (header(count=2**63), "and 9,223,372,036,854,775,808 entries"),
+    "one tensor more than there is": (header(infos=[W], tensors=2, data=16), "damaged at byte"),
+    "key longer than the file": (header([struct.pack("<Q", 2**40)], count=1), "a key needs 1,099,511,"),
+    "string longer than the file": (
+        header([entry("k", STRING, struct.pack("<Q", 2**62))]),
+        "k needs 4,611",
+    ),
+    "array longer than the file": (
+        header([entry("k", ARRAY, struct.pack("<IQ", U32, 2**61))]),
+        "k says it holds 2,305,843,009,213,693,952 values, more than the file",
+    ),
+    "array of strings longer than the file": (
+        header([entry("k", ARRAY, struct.pack("<IQ", STRING, 2**40))]),
+        "k says it holds 1,099,511,627,776 values",
+    ),
+    "unknown value type": (header([entry("k", 77, bytes(8))]), "k has the unknown type 77"),
+    "unknown type in an array": (
+        header([entry("k", ARRAY, struct.pack("<IQ", 77, 1) + bytes(8))]),
+        "k has the unknown type 77",
+    ),
+    "arrays in arrays in arrays": (
+        header([entry("k", ARRAY, struct.pack("<IQ", ARRAY, 1) * 9 + bytes(8))]),
+        "k nests arrays too deeply",
+    ),
+    "the same tensor twice": (header(infos=[W, W], data=64), "the tensor `w` comes twice"),
+    "five dimensions": (header(infos=[info("w", [1, 1, 1, 1, 1])], data=64), "`w` has 5 dimensions"),
+    "a dimension of zero": (header(infos=[info("w", [0, 4])], data=64), r"sizes \[0, 4\]"),
+    "sizes that overflow 64 bits": (
+        header(infos=[info("w", [2**33, 2**33])], data=64),
+        "more than the file",
+    ),
+    "unknown tensor type": (
+        header(infos=[info("w", [256], kind=16)], data=256),
+        "type number 16, which is",
+    ),
+    "removed tensor type": (header(infos=[info("w", [256], kind=4)], data=256), "type number 4, which is"),
+    "half a block": (header(infos=[info("w", [48], kind=2)], data=64), "rows of 48, not a multiple of 32"),
+    "data past the end": (
+        header(infos=[info("w", [4], offset=32)], data=16),
+        "the tensor `w` ends at byte",
+    ),
+    "offset past the end": (header(infos=[info("w", [4], offset=2**63)], data=16), "`w` ends at byte"),
+    "offset not aligned": (header(infos=[info("w", [4], offset=4)], data=64), "`w` ends at byte"),
+    "alignment of zero": (
+        header([entry("general.alignment", U32, bytes(4))], [W], data=64),
+        "the alignment is 0",
+    ),
+    "alignment of 24": (
+        header([entry("general.alignment", U32, struct.pack("<I", 24))], [W], data=64),
+        "the alignment is 24",
+    ),
+    "alignment in words": (
+        header([entry("general.alignment", STRING, text("32"))], [W], data=64),
+        "the alignment is '32'",
+    ),
+    "alignment beyond the file": (
+        header([entry("general.alignment", U64, struct.pack("<Q", 2**62))], [W], data=64),
+        "`w` ends at byte",
+    ),
+}
+
+
+@pytest.mark.trap("S4")
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_lying_header_is_refused_by_name_and_costs_nothing(tmp_path: Path, what: str) -> None:
+    raw, words = BROKEN[what]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(raw)
+    tracemalloc.start()
+    with pytest.raises(BaseError, match=words) as caught:
+        GgufFile(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert str(caught.value).startswith(str(path))
+    assert peak < 1_000_000
+
+
+@pytest.mark.trap("S4")
+@pytest.mark.xfail(strict=True, reason="bases/gguf.py does not look for tensors that share bytes")
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(header(infos=[info("a", [16]), info("b", [4], offset=32)], data=64))
+    with pytest.raises(BaseError, match="overlap"):
+        GgufFile(tmp_path / "a.gguf")
+
+
+@pytest.mark.xfail(strict=True, reason="bases/gguf.py lets the second value replace the first")
+def test_the_same_key_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(header([entry("k", U8, b"\1"), entry("k", U8, b"\2")]))
+    with pytest.raises(BaseError, match="`k` comes twice"):
+        GgufFile(tmp_path / "a.gguf")
+
+
+@pytest.mark.xfail(strict=True, reason="a name with broken UTF-8 stays a lone surrogate in the message")
+def test_a_message_about_a_broken_name_can_be_printed(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(header([entry(b"k\xff", 77, bytes(8))]))
+    with pytest.raises(BaseError, match="unknown type 77") as caught:
+        GgufFile(tmp_path / "a.gguf")
+    str(caught.value).encode("utf-8")
+
+
+def test_a_vocabulary_with_broken_bytes_keeps_its_ids(tmp_path: Path) -> None:
+    words = [b"a", b"\xff\xfe", b"b"]
+    value = struct.pack("<IQ", STRING, 3) + b"".join(map(text, words))
+    (tmp_path / "a.gguf").write_bytes(header([entry("tokens", ARRAY, value)]))
+    tokens = GgufFile(tmp_path / "a.gguf").metadata["tokens"]
+    assert [token.encode("utf-8", "surrogateescape") for token in tokens] == words
+
+
+def read_or_refuse(path: Path) -> str:
+    """`read`, or the refusal's message; anything else that is raised fails the test."""
+    try:
+        file = GgufFile(path)
+        for name in file.tensors:
+            assert file.raw(name).nbytes == file.tensors[name].nbytes
+    except BaseError as error:
+        return str(error)
+    return "read"
+
+
+@pytest.mark.trap("S4")
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = write_model(tmp_path / "whole.gguf").read_bytes()
+    places = {*range(0, 4000, 37), *np.linspace(4000, len(whole) - 1, 60).astype(int).tolist()}
+    for place in sorted(places):
+        (tmp_path / "cut.gguf").write_bytes(whole[:place])
+        assert read_or_refuse(tmp_path / "cut.gguf") != "read", f"cut at {place}"
+
+
+@pytest.mark.trap("S4")
+def test_200_mutated_headers_are_read_or_refused_without_large_allocations(tmp_path: Path) -> None:
+    whole = bytearray(write_model(tmp_path / "whole.gguf").read_bytes())
+    generator = np.random.default_rng(7)
+    path = tmp_path / "mutated.gguf"
+    refused = 0
+    tracemalloc.start()
+    for _ in range(200):
+        mutated = bytearray(whole)
+        for place in generator.integers(4, 2600, generator.integers(1, 6)):
+            mutated[place] = generator.choice([0, 1, 0x7F, 0x80, 0xFF, generator.integers(256)])
+        path.write_bytes(mutated)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        refused += read_or_refuse(path) != "read"
+        assert tracemalloc.get_traced_memory()[1] - before < 2_000_000
+    tracemalloc.stop()
+    assert 50 < refused < 200
