@@ -23,12 +23,11 @@ EXIT_CODES = """\
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | something failed |
+| 1 | something failed, or the reader of a pipe went away |
 | 2 | the command line, a setting, a row or a file given is wrong |
 | 3 | a score is below what `--min-score` asked for |
 | 4 | a disk, a permission, a path that cannot be written |
 | 130 | Ctrl-C; what was trained is saved |
-| 141 | the reader of a pipe went away |
 
 Messages go to stderr. `LORIMER_DEBUG=1` adds the traceback of an unexpected error, `NO_COLOR=1` takes
 colours away, `LORIMER_HOME` says where bases are kept.

@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         # The reader went away, as in `lorimer ls | head -1`; the rest is not wanted. Python would
         # try to flush it once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 1
     except Exception as error:
         return _unexpected(error)
 
