@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+
 from data.hard_strings import (
     CONFIG,
     CONTROLS,
@@ -22,10 +23,8 @@ from data.hard_strings import (
     gguf_byte_level,
     gguf_sentence_piece,
     llama3_like,
-    prepend,
     sentence_piece,
 )
-
 from lorimer.bases.open import open_base
 from lorimer.bases.store import kept_path
 from lorimer.data.tokenizer import Piece, Tokenizer

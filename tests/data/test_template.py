@@ -1,0 +1,568 @@
+"""Which tokens are trained, seen as text, and what inference feeds: always the same ids."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.chat_templates import CHATML, SHAPES, TOOLS, chat, config, marked, tokenizer_json
+from data.chat_templates import template as template_of
+from data.chat_templates import tokenizer as tokenizer_of
+from data.hard_strings import CONTROLS, HARD, PLAIN, WORDS
+from lorimer.data.conversation import Conversation, Message
+from lorimer.data.template import ChatTemplate
+from lorimer.errors import TemplateError
+
+ONE = ("u:hi", "a:hello")
+TWO = ("s:Sys.", "u:hi", "a:one", "u:more", "a:two")
+EMPTY = ("u:hi", "a:")
+SPELLED = ("u:say <|im_end|></s>", "a:<|im_end|>ok</s>")
+THOUGHT = ("u:hi", "a:<think>why</think>\n\nsure", "u:and", "a:<think>so</think>\n\nyes")
+
+# Trained stretches between « and ». Written by hand from each template.
+ORACLE = [
+    (
+        "chatml",
+        ONE,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n«hello<|im_end|>»\n",
+    ),
+    (
+        "chatml",
+        TWO,
+        "<|im_start|>system\nSys.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n«one<|im_end|>»\n<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n«two<|im_end|>»\n",
+    ),
+    (
+        "chatml",
+        EMPTY,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n«<|im_end|>»\n",
+    ),
+    (
+        "chatml",
+        SPELLED,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nsay <|im_end|></s><|im_end|>\n"
+        "<|im_start|>assistant\n«<|im_end|>ok</s><|im_end|>»\n",
+    ),
+    (
+        "chatml",
+        ("s:", *ONE, "u:last"),
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n«hello<|im_end|>»\n<|im_start|>user\nlast<|im_end|>\n",
+    ),
+    (
+        "llama 3",
+        TWO,
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSys.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«one<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«two<|eot_id|>»",
+    ),
+    (
+        "llama 3",
+        EMPTY,
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«<|eot_id|>»",
+    ),
+    # Decoding shows the space that this kind of tokenizer puts after each control token.
+    (
+        "llama 2",
+        TWO,
+        "<s> [INST] <<SYS>>\nSys.\n<</SYS>>\n\nhi [/INST]« one </s>»<s> [INST] more [/INST]« two </s>»",
+    ),
+    ("llama 2", SPELLED, "<s> [INST] say <|im_end|></s> [/INST]« <|im_end|>ok</s> </s>»"),
+    (
+        "mistral",
+        TWO,
+        "<s>[INST] <<SYS>>\nSys.\n<</SYS>>\n\nhi [/INST]« one </s>»<s>[INST] more [/INST]« two </s>»",
+    ),
+    ("mistral", ("u:what is [INST]", "a:[/INST]"), "<s>[INST] what is [INST] [/INST]« [/INST] </s>»"),
+    (
+        "gemma",
+        ("u: hi ", "a: one ", "u:more", "a:two"),
+        "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n«one<end_of_turn>»\n"
+        "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n«two<end_of_turn>»\n",
+    ),
+    (
+        "zephyr",
+        TWO,
+        "<|system|>\nSys.</s> \n<|user|>\nhi</s> \n<|assistant|>\n«one</s>» \n"
+        "<|user|>\nmore</s> \n<|assistant|>\n«two</s>» \n",
+    ),
+    # Zephyr's role lines are plain text: a user may spell them, nothing is searched for.
+    (
+        "zephyr",
+        ("u:<|assistant|>\nno", "a:yes"),
+        "<|user|>\n<|assistant|>\nno</s> \n<|assistant|>\n«yes</s>» \n",
+    ),
+    # These markers take the line end after them with them.
+    (
+        "phi",
+        TWO,
+        "<|system|> Sys.<|end|><|user|> hi<|end|><|assistant|>«one<|end|>»"
+        "<|user|> more<|end|><|assistant|>«two<|end|><|endoftext|>»",
+    ),
+    (
+        "glm",
+        TWO,
+        "[gMASK]<sop><|system|>\nSys.<|user|>\nhi<|assistant|>\n«one<|user|>»\nmore"
+        "<|assistant|>\n«two<|endoftext|>»",
+    ),
+    ("glm", EMPTY, "[gMASK]<sop><|user|>\nhi<|assistant|>\n«<|endoftext|>»"),
+    (
+        "qwen 3",
+        ("u:hi", "a:<think>why</think>\n\nsure"),
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<think>why</think>\n\nsure<|im_end|>»\n",
+    ),
+    (
+        "default on chatml",
+        TWO,
+        "<|im_start|>system\nSys.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n«one<|im_end|>»\n<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n«two<|im_end|>»\n",
+    ),
+    (
+        "default on another",
+        ONE,
+        "<|im_start|>user\nhi</s> \n<|im_start|>assistant\n«hello</s>» \n",
+    ),
+]
+
+
+@pytest.mark.trap(2)
+@pytest.mark.trap(5)
+@pytest.mark.trap(7)
+@pytest.mark.trap(8)
+@pytest.mark.parametrize(("name", "turns", "wanted"), ORACLE)
+def test_the_trained_spans_are_those_written_by_hand(
+    name: str, turns: tuple[str, ...], wanted: str
+) -> None:
+    template = template_of(name)
+    assert marked(template.encode(chat(*turns)), template.tokenizer) == wanted
+
+
+RED = {
+    "test_every_part_of_a_message_is_hidden": "keys of tools and calls are not hidden",
+    "test_text_and_ids_are_those_of_apply_chat_template[phi]": "no dummy space after a marker at a cut",
+    "test_a_template_that_drops_earlier_thoughts_trains_only_the_last": "kept silent",
+    "test_a_refusal_names_the_row_and_the_line_of_the_template": "the line is that of the compiled code",
+}
+
+
+@pytest.fixture(autouse=True)
+def known_to_fail(request: pytest.FixtureRequest) -> None:
+    if reason := RED.get(request.node.name):
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
+
+KEEPING = [name for name in SHAPES if name != "thinks first"]
+ROLES_OF = {"gemma": "ua", "mistral": "ua", "llama 2": "ua"}
+
+
+def a_chat(rng: random.Random, name: str) -> tuple[str, ...]:
+    """Two to five turns of hard texts; templates that want it get question and answer in turn."""
+    pieces = [
+        *CONTROLS,
+        *WORDS,
+        *PLAIN,
+        " ",
+        "\n",
+        "word",
+        "<|eot_id|>",
+        "[/INST]",
+        "<|user|>",
+        "<end_of_turn>",
+    ]
+
+    def text() -> str:
+        return "".join(rng.choices(pieces, k=rng.randrange(4)))
+
+    system = [] if name in ROLES_OF or rng.random() < 0.5 else [f"s:{text()}"]
+    asked = [(f"u:{text()}", f"a:{text()}") for _ in range(rng.randrange(1, 3))]
+    return (*system, *(turn for pair in asked for turn in pair))
+
+
+@pytest.mark.trap(4)
+@pytest.mark.trap(6)
+@pytest.mark.trap(26)
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_inference_feeds_is_what_comes_before_the_trained_span(name: str) -> None:
+    template, rng = template_of(name), random.Random(name)
+    tokenizer = template.tokenizer
+    eos = tokenizer.eos_id
+    for _ in range(60):
+        conversation = chat(*a_chat(rng, name))
+        answers = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
+        last = name == "qwen 3"  # which drops earlier thoughts
+        example = template.encode(conversation, "last_assistant" if last else "assistant")
+        answers = answers[-1:] if last else answers
+        spans = np.flatnonzero(np.diff(example.trained.astype(np.int8), prepend=0) == 1)
+        assert len(spans) == len(answers)
+        for start, number in zip(spans, answers, strict=True):
+            prompt = template.prompt_ids(conversation.messages[:number], conversation.tools)
+            assert example.ids[:start].tolist() == prompt
+        assert example.trained[-1] or not example.trained[-2:].all()
+        assert eos in example.ids
+        assert set(np.unique(example.ids)) <= set(range(tokenizer.vocab_size))
+
+
+@pytest.mark.trap(6)
+@pytest.mark.parametrize("name", ["chatml", "llama 3", "default on chatml", "tools"])
+def test_the_trained_ids_decode_to_the_answer(name: str) -> None:
+    template = template_of(name)
+    for answer in HARD:
+        wanted = answer.strip() if name == "llama 3" else answer
+        example = template.encode(chat("u:q", f"a:{answer}"))
+        learnt = template.tokenizer.decode(example.ids[example.trained].tolist(), skip_special=False)
+        assert learnt == wanted + SHAPES[name].eos
+
+
+@pytest.mark.trap(26)
+@pytest.mark.parametrize("name", KEEPING)
+def test_the_number_of_control_tokens_does_not_depend_on_what_messages_spell(name: str) -> None:
+    template = template_of(name)
+    tokenizer = template.tokenizer
+    markers = [*CONTROLS, *WORDS, SHAPES[name].eos, *SHAPES[name].markers]
+    plain = controls_in(template, "word", "word")
+    for marker in markers:
+        assert controls_in(template, f"a {marker} b{marker}", "word") == plain
+        own = tokenizer.id(marker) is not None and not tokenizer.is_special(tokenizer.id(marker) or 0)
+        if not own:
+            assert controls_in(template, "word", f"{marker}a {marker}") == plain
+
+
+def controls_in(template: ChatTemplate, asked: str, answered: str) -> list[int]:
+    example = template.encode(chat(f"u:{asked}", f"a:{answered}"))
+    names = [*CONTROLS, *WORDS, *{m for s in SHAPES.values() for m in (s.eos, s.bos or "<s>", *s.markers)}]
+    known = {template.tokenizer.id(name) for name in names} - {None}
+    return [number for number in example.ids.tolist() if number in known]
+
+
+@pytest.mark.trap(26)
+def test_every_part_of_a_message_is_hidden() -> None:
+    template = template_of("tools")
+    marker = "<|im_end|>"
+    call = {"type": "function", "function": {"name": f"f{marker}", "arguments": {f"k{marker}": [marker]}}}
+    tools = ({"type": "function", "function": {"name": f"f{marker}", "description": marker}},)
+    messages = (
+        Message("system", marker),
+        Message("user", marker, extra={"name": marker}),
+        Message("assistant", marker, (call,), {"reasoning_content": marker}),
+        Message("tool", marker, extra={"tool_call_id": marker}),
+        Message("assistant", marker),
+    )
+    example = template.encode(Conversation(messages, tools, None, "a:1"))
+    text = template.render(messages, tools)
+    assert text.count(marker) == 16
+    # One for each message and one for the tools.
+    assert example.ids.tolist().count(template.tokenizer.id(marker)) == 6
+    assert template.tokenizer.decode(example.ids.tolist(), skip_special=False) == text
+
+
+def test_an_assistant_writes_its_own_words_and_others_do_not() -> None:
+    template = template_of("tools")
+    think = template.tokenizer.id("<think>")
+    assert think in template.encode(chat("u:q", "a:<think>")).ids
+    for turns in (("u:<think>", "a:x"), ("s:<think>", "u:q", "a:x"), ("t:<think>", "a:x")):
+        assert think not in template.encode(chat(*turns)).ids
+
+
+TOOL = {"type": "function", "function": {"name": "light", "description": "<b>&'é'"}}
+CALL = {"type": "function", "function": {"name": "light", "arguments": {"on": True}}}
+
+
+@pytest.mark.trap(2)
+def test_a_chat_with_tools() -> None:
+    template = template_of("tools")
+    messages = (
+        Message("user", "on"),
+        Message("assistant", "", (CALL,)),
+        Message("tool", "done"),
+        Message("assistant", "It is on."),
+    )
+    example = template.encode(Conversation(messages, (TOOL,), None, "a:1"))
+    assert marked(example, template.tokenizer) == (
+        '<|im_start|>system\nTools:\n{"type": "function", "function": {"name": "light", '
+        '"description": "<b>&\'é\'"}}\n<|im_end|>\n<|im_start|>user\non<|im_end|>\n<|im_start|>assistant\n'
+        '«<tool_call>\n{"name": "light", "arguments": {"on": true}}\n</tool_call><|im_end|>»\n'
+        "<|im_start|>user\n<tool_response>\ndone\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n«It is on.<|im_end|>»\n"
+    )
+
+
+@pytest.mark.trap(1)
+@pytest.mark.parametrize("pad", ["<|im_end|>", "</s>", None])
+def test_the_end_of_turn_is_trained_whatever_the_pad_token_is(pad: str | None) -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.config["pad_token"] = pad
+    template = ChatTemplate(CHATML, tokenizer)
+    example = template.encode(chat(*TWO))
+    ends = np.flatnonzero(example.ids == tokenizer.id("<|im_end|>"))
+    assert example.trained[ends].tolist() == [False, False, True, False, True]
+    assert (example.ids == template_of("chatml").encode(chat(*TWO)).ids).all()
+
+
+@pytest.mark.trap(3)
+@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize("adds", [True, False, None])
+def test_there_is_one_bos_where_template_or_tokenizer_gives_it(name: str, adds: bool | None) -> None:
+    tokenizer = tokenizer_of(name)
+    tokenizer.config["add_bos_token"] = adds
+    template = ChatTemplate(SHAPES[name].source, tokenizer)
+    bos = tokenizer.bos_id
+    ids = template.encode(chat(*ONE)).ids.tolist()
+    written = "bos_token" in template.source or (template.is_default and tokenizer.adds_bos)
+    assert ids.count(bos) == (1 if written else 0)
+    assert template.prompt_ids(chat(*ONE).messages[:1]).count(bos) == ids.count(bos)
+    text = template.encode(Conversation((), None, "<s> some words", "a:1")).ids.tolist()
+    assert text.count(bos) == (1 if tokenizer.adds_bos else 0)
+    assert text[:2] != [bos, bos]
+
+
+@pytest.mark.trap(3)
+@pytest.mark.parametrize("name", [name for name in KEEPING if SHAPES[name].source])
+def test_text_and_ids_are_those_of_apply_chat_template(name: str, tmp_path: Any) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(name), encoding="utf-8")
+    given = {key: value for key, value in config(name).items() if value}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **given)
+    template = template_of(name)
+    theirs.chat_template = template.source
+    turns = ("u:What is it?", "a:It is {{ x }} {% y %} & <b>.", "u:Really?\n", "a:Yes, 日本.")
+    for chosen in (
+        (turns, turns[:1], turns[:3]) if name in ROLES_OF else (turns, turns[:3], ("s:S", *turns))
+    ):
+        messages = chat(*chosen).messages
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        for prompt in (False, True):
+            text = theirs.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt)
+            assert template.render(messages, add_generation_prompt=prompt) == text
+            ids = theirs.apply_chat_template(plain, add_generation_prompt=prompt, return_dict=False)
+            if prompt:
+                assert template.prompt_ids(messages) == ids
+            elif name != "glm" and any(message.role == "assistant" for message in messages):
+                assert template.encode(Conversation(messages, None, None, "")).ids.tolist() == ids
+
+
+def test_tools_are_rendered_as_transformers_does() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = (Message("user", "on"), Message("assistant", "", (CALL,)), Message("tool", "done"))
+    plain = [{"role": "user", "content": "on"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    plain += [{"role": "tool", "content": "done"}]
+    theirs = render_jinja_template([plain], tools=[TOOL], chat_template=TOOLS)[0][0]
+    assert template_of("tools").render(messages, [TOOL]) == theirs
+
+
+@pytest.mark.trap(5)
+def test_a_template_that_drops_earlier_thoughts_trains_only_the_last() -> None:
+    template = template_of("qwen 3")
+    with pytest.raises(TemplateError, match=r"rows.jsonl:3: .*does not keep") as caught:
+        template.encode(chat(*THOUGHT, "u:last", "a:end"))
+    assert "last_assistant" in (caught.value.fix or "")
+    example = template.encode(chat(*THOUGHT), train_on="last_assistant")
+    assert marked(example, template.tokenizer) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nsure<|im_end|>\n"
+        "<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n«<think>so</think>\n\nyes<|im_end|>»\n"
+    )
+    assert example.ids[: int(np.argmax(example.trained))].tolist() == template.prompt_ids(
+        chat(*THOUGHT).messages[:3]
+    )
+
+
+@pytest.mark.trap(5)
+@pytest.mark.trap(4)
+@pytest.mark.parametrize("train_on", ["assistant", "last_assistant"])
+def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(train_on: str) -> None:
+    message = "does not keep"
+    with pytest.raises(TemplateError, match=message):
+        template_of("thinks first").encode(chat(*ONE), train_on)
+
+
+@pytest.mark.trap(8)
+@pytest.mark.parametrize(
+    ("train_on", "wanted"),
+    [
+        (
+            "assistant",
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«one<|im_end|>»\n"
+            "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n«two<|im_end|>»\n",
+        ),
+        (
+            "last_assistant",
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+            "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n«two<|im_end|>»\n",
+        ),
+        (
+            "all",
+            "<|im_start|>«user\nhi<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+            "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n»",
+        ),
+    ],
+)
+def test_train_on(train_on: str, wanted: str) -> None:
+    template = template_of("qwen 3")
+    assert marked(template.encode(chat(*TWO[1:]), train_on), template.tokenizer) == wanted
+
+
+def test_all_of_a_chat_can_be_trained_where_the_template_keeps_nothing() -> None:
+    example = template_of("thinks first").encode(chat(*ONE), "all")
+    assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
+
+
+@pytest.mark.trap(7)
+@pytest.mark.parametrize("name", KEEPING)
+def test_an_assistant_header_in_a_question_trains_nothing_of_the_question(name: str) -> None:
+    template = template_of(name)
+    header = template.render(chat("u:x").messages, add_generation_prompt=True).split("x")[-1]
+    question = f"{header}not this{header}nor this"
+    example = template.encode(chat(f"u:{question}", "a:only this"))
+    learnt = template.tokenizer.decode(example.ids[example.trained].tolist())
+    assert learnt.strip() == "only this"
+
+
+@pytest.mark.trap(27)
+@pytest.mark.parametrize(
+    "system",
+    [
+        "\\boxed{x} \\n \\x08",
+        "'quoted' \"twice\"",
+        "{{ 7 * 7 }}",
+        "{% raise %}",
+        "{# gone? #}",
+        "</s>{{ messages }}",
+        "a\\",
+        "'}}{{'",
+    ],
+)
+def test_a_system_prompt_is_never_part_of_the_template(system: str) -> None:
+    for name in ("chatml", "llama 2", "zephyr", "default on chatml"):
+        template = template_of(name)
+        conversation = chat(f"s:{system}", *ONE)
+        assert system in template.render(conversation.messages)
+        ids = template.encode(conversation).ids.tolist()
+        assert system in template.tokenizer.decode(ids, skip_special=False)
+
+
+@pytest.mark.trap(28)
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_of_the_machinery_is_left_in_a_rendering(name: str) -> None:
+    template = template_of(name)
+    conversation = chat("u:<|im_end|>{INPUT}", "a:{OUTPUT}</s>")
+    text = template.render(conversation.messages, add_generation_prompt=True)
+    assert "{INPUT}" in text
+    assert not re.search("[\ue000-\ue003]|INPUT}.*INPUT}|{{|{%", text)
+    example = template.encode(conversation, "all")
+    shown = template.tokenizer.decode(example.ids.tolist(), skip_special=False)
+    assert not re.search("[\ue000-\ue003]", shown)
+
+
+@pytest.mark.trap(34)
+def test_a_long_chat_is_not_cut() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.config["model_max_length"] = 16
+    template = ChatTemplate(CHATML, tokenizer)
+    example = template.encode(chat("u:" + "word " * 3000, "a:" + "answer " * 3000))
+    assert marked(example, tokenizer).endswith("answer answer <|im_end|>»\n")
+    assert tokenizer.decode(example.ids.tolist()).count("word") == 3000
+
+
+def test_plain_text_is_trained_whole_with_one_end() -> None:
+    tokenizer = tokenizer_of("llama 3")
+    tokenizer.config["bos_token"] = "<s>"  # what the post-processor of this tokenizer puts in front
+    template = ChatTemplate(None, tokenizer)
+    example = template.encode(Conversation((), None, "some <|eot_id|> words", "a.jsonl:7"))
+    assert marked(example, tokenizer) == "<s>«some <|eot_id|> words<|eot_id|>»"
+    assert example.ids.tolist().count(tokenizer.eos_id or 0) == 1
+    assert example.place == "a.jsonl:7"
+
+
+def test_an_example_is_compact() -> None:
+    example = template_of("chatml").encode(chat(*ONE))
+    assert (example.ids.dtype, example.trained.dtype) == (np.int32, np.bool_)
+    assert example.ids.shape == example.trained.shape
+    assert not example.trained[0]
+    assert example.place == "rows.jsonl:3"
+
+
+def test_a_template_is_known_by_its_source() -> None:
+    template = template_of("chatml")
+    assert template.hash == hashlib.sha256(CHATML.encode()).hexdigest()
+    assert not template.is_default
+    assert template_of("default on chatml").is_default
+    assert template_of("default on chatml").hash == template_of("default on another").hash
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("chatml", ["<|im_end|>"]),
+        ("llama 3", ["<|eot_id|>"]),
+        ("llama 2", ["</s>"]),
+        ("gemma", ["<end_of_turn>"]),
+        ("zephyr", ["</s>"]),
+        ("glm", []),
+        ("default on chatml", ["<|im_end|>"]),
+        ("default on another", ["</s>"]),
+        ("thinks first", []),
+    ],
+)
+def test_the_tokens_that_end_an_answer(name: str, ends: list[str]) -> None:
+    template = template_of(name)
+    assert [template.tokenizer.token(number) for number in template.end_ids] == ends
+
+
+def test_a_refusal_names_the_row_and_the_line_of_the_template() -> None:
+    with pytest.raises(
+        TemplateError, match=r"rows.jsonl:3: .*\(line 7\): user and assistant must take turns"
+    ):
+        template_of("llama 2").encode(chat("a:hello", "u:hi", "a:hello"))
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("{{ x", "line 1"),
+        ("a\nb{% for %}", "line 2"),
+        ("{{ 1 | nosuchfilter }}", "nosuchfilter"),
+        ("x" * (256 * 1024 + 1), "262,145 characters"),
+    ],
+)
+def test_a_template_that_is_none_is_named(source: str, named: str) -> None:
+    with pytest.raises(TemplateError, match=named):
+        ChatTemplate(source, tokenizer_of("chatml"))
+
+
+def test_what_transformers_offers_is_offered() -> None:
+    source = (
+        "{%- for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
+        "{%- generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{{ strftime_now('%Y') | length }}{{ {'a': '<é>'} | tojson }}"
+        "{{ bos_token }}{{ missing.x if missing }}"
+    )
+    template = ChatTemplate(source, tokenizer_of("llama 2"))
+    assert template.render(chat("u:1", "a:2", "u:3").messages) == '124{"a": "<é>"}<s>'
+
+
+def test_a_row_is_rendered_no_oftener_than_it_has_answers_and_texts(monkeypatch: Any) -> None:
+    """One chat with one answer: the text, and the prompt that it begins with."""
+    template = ChatTemplate(CHATML, tokenizer_of("chatml"))
+    rendered: list[int] = []
+    render = template._compiled.render
+
+    def counted(*given: Any, **named: Any) -> str:
+        rendered.append(1)
+        return render(*given, **named)
+
+    monkeypatch.setattr(template._compiled, "render", counted)
+    template.encode(chat(*ONE))
+    assert len(rendered) <= 2
