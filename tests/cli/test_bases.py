@@ -159,7 +159,7 @@ def test_listing_needs_no_torch(tmp_path: Path) -> None:
         "import sys; from lorimer.cli.app import run; assert run(['ls']) == run(['show', 'tiny']) == 0; "
         "sys.exit('torch' in sys.modules)"
     )
-    environment = os.environ | {
+    own = {
         "LORIMER_HOME": str(tmp_path / "home"),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
