@@ -10,6 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+
+from lorimer.config import LoraConfig, TrainConfig
+from lorimer.data.pack import make_pack, split_into_packs
+from lorimer.errors import ConfigError
+from lorimer.lora.adapter import new_adapter
+from lorimer.lora.layers import MASKS, Adapter, LoraDropout, remove
+from lorimer.model.decoder import Decoder
+from lorimer.model.loss import pack_loss, pack_losses
+from lorimer.train.optimizer import AdamW
+from lorimer.train.step import train_step
 from tiny import (
     FP32,
     PEFT_NOISE,
@@ -23,16 +33,6 @@ from tiny import (
     save,
     shake,
 )
-
-from lorimer.config import LoraConfig, TrainConfig
-from lorimer.data.pack import make_pack, split_into_packs
-from lorimer.errors import ConfigError
-from lorimer.lora.adapter import new_adapter
-from lorimer.lora.layers import MASKS, Adapter, LoraDropout, remove
-from lorimer.model.decoder import Decoder
-from lorimer.model.loss import pack_loss, pack_losses
-from lorimer.train.optimizer import AdamW
-from lorimer.train.step import train_step
 
 pytestmark = PEFT_NOISE
 ROWS = random_rows((6, 11, 11, 3, 24))
@@ -207,7 +207,7 @@ def test_training_leaves_the_base_alone(tmp_path: Path) -> None:
 
 
 def masks_of(dropout: LoraDropout, step: int, rows: Any, lengths: Any, number: int) -> torch.Tensor:
-    masks = dropout.for_pack(step, rows, lengths)(number, 36)
+    masks = dropout.for_pack(step, rows, lengths)(number, 36, sum(lengths))
     return masks(torch.ones(sum(lengths), 36))
 
 
@@ -237,7 +237,7 @@ def test_masks_drop_the_share_that_was_asked_for() -> None:
     assert float((mask == 0).float().mean()) == pytest.approx(0.2, abs=0.01)
     assert float(mask.mean()) == pytest.approx(1.0, abs=0.01)
     # A hash without structure: 2560 tokens point to about MASKS * (1 - e^(-2560/MASKS)) masks.
-    picks = dropout.for_pack(0, range(40), (64,) * 40)(0, 36).picks_T
+    picks = dropout.for_pack(0, range(40), (64,) * 40)(0, 36, 2560).picks_T
     assert len(picks.unique()) == pytest.approx(MASKS * (1 - 2.718 ** (-2560 / MASKS)), rel=0.05)
 
 

@@ -91,7 +91,7 @@ def _examples(
             f"no {split} rows are left: {len(long)} of {len(rows)} are longer than "
             f"{config.max_tokens} tokens, {len(lost)} have nothing to train",
             fix="Raise `data.max_tokens`, or look at the rows with `lorimer data check`.",
-            path=str(config.train if split == "train" else config.valid),
+            path=rows[0].path,
         )
     return kept
 

@@ -26,6 +26,7 @@ from lorimer.errors import TemplateError
 
 SOURCE_LIMIT = 256 * 1024
 OUTPUT_LIMIT = 1_000_000  # characters, or four times what went in if that is more
+TEXT_LIMIT = 64_000_000  # characters of one text while rendering; a message itself may be long
 SECONDS = 2.0
 # Filters that can build a huge string from a small number, and who needs none of that in a chat.
 DROPPED_FILTERS = ("center", "wordwrap", "batch", "slice", "filesizeformat", "pprint", "urlize", "random")
@@ -100,7 +101,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _check(length: int) -> None:
-    if length > OUTPUT_LIMIT * 8:
+    if length > TEXT_LIMIT:
         raise _Limit("it builds a text that is too long")
 
 

@@ -293,15 +293,17 @@ class LoraDropout:
 
     def for_pack(
         self, step: int, rows: Sequence[int], lengths: Sequence[int]
-    ) -> Callable[[int, int], Dropout]:
-        """The masks of one pack: call with a projection group's number and input size."""
+    ) -> Callable[[int, int, int], Dropout]:
+        """The masks of one pack: call with a projection group's number, input size and tokens."""
         if step != self._step:
             self._step, self._pools = step, {}
         row_T = torch.repeat_interleave(torch.tensor(rows), torch.tensor(lengths))
         position_T = torch.cat([torch.arange(length) for length in lengths])
 
-        def masks(number: int, inputs: int) -> Dropout:
+        def masks(number: int, inputs: int, tokens: int) -> Dropout:
             picks_T = _mix(row_T * 1_000_003 + position_T * 8191 + number * 131 + self.seed) % MASKS
+            # A filler row may follow the pack's own: any mask will do for it.
+            picks_T = torch.nn.functional.pad(picks_T, (0, tokens - len(picks_T)))
             return Dropout(self._pool(step, inputs), picks_T.to(self.device))
 
         return masks

@@ -23,8 +23,8 @@ from lorimer.model.rope import RopeTables
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.linear import FrozenLinear
 
-# For a projection group's number and input size: the masks for its adapters' input.
-Dropouts = Callable[[int, int], Dropout]
+# For a projection group's number, input size and tokens: the masks for its adapters' input.
+Dropouts = Callable[[int, int, int], Dropout]
 
 
 @dataclass(slots=True)
@@ -65,7 +65,11 @@ class Projections:
         dropouts: Dropouts | None,
     ) -> Tensor:
         chosen = self.adapted if adapted and self.adapted else Adapted(self.linear)
-        drop = dropouts(self.number, self.inputs) if dropouts and chosen.linear.low_rank else None
+        drop = (
+            dropouts(self.number, self.inputs, len(input_TI))
+            if dropouts and chosen.linear.low_rank
+            else None
+        )
         norm = before.norm(adapted) if isinstance(before, NormSlot) else None
         rule: Before = norm if norm is not None else before if isinstance(before, Gate) else None
         return dispatch.project(

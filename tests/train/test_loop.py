@@ -1,0 +1,336 @@
+"""Whole runs on a tiny base: the equivalences, the records, and what stops a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorimer.config import RunConfig, config_from
+from lorimer.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    Interrupted,
+    StorageError,
+)
+from lorimer.generate.model import load
+from lorimer.lora.adapter import read_adapter
+from lorimer.train import step as step_module
+from lorimer.train.loop import train
+from lorimer.train.metrics import Silent
+from small_base import write_chat_base, write_rows
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, base: Path) -> dict[str, Any]:
+    return {
+        "base": str(base),
+        "data": {"train": str(write_rows(tmp_path / "train.jsonl", 21)), "max_tokens": 256},
+        "lora": {"r": 4, "alpha": 8},
+        "train": {
+            "epochs": 2,
+            "batch_size": 6,
+            "learning_rate": 5e-3,
+            "dtype": "fp32",
+            "threads": 1,
+        },
+        "output": {"dir": str(tmp_path / "runs"), "name": "run", "save_every": "never"},
+    }
+
+
+def config(settings: dict[str, Any], **changes: Any) -> RunConfig:
+    """The settings with dotted changes, as `train__epochs=3`."""
+    value = json.loads(json.dumps(settings))
+    for key, item in changes.items():
+        block, _, name = key.partition("__")
+        value[block][name] = item
+    return config_from(value)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_leaves_what_its_folder_promises(settings: dict[str, Any]) -> None:
+    result = train(config(settings, output__save_every="epoch"))
+    names = {path.name for path in result.path.iterdir()}
+    assert names >= {"config.yaml", "run.json", "metrics.jsonl", "adapter", "checkpoints"}
+    assert (result.path.parent / "last").resolve() == result.path.resolve()
+    record = json.loads((result.path / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["steps"] == 8
+    assert {"train_seconds", "load_seconds", "data_hash", "base_fingerprint"} <= set(record)
+    lines = metrics(result.path)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["rows"] for line in lines] == [6, 6, 6, 3] * 2
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.trap(12)
+@pytest.mark.trap(17)
+@pytest.mark.parametrize(
+    "changes",
+    [{"data__pack": False}, {"train__micro_batch_tokens": 64}, {"train__micro_batch_tokens": 150}],
+)
+def test_how_a_step_is_split_or_packed_changes_nothing_but_rounding(
+    settings: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    whole = losses(train(config(settings)).path)
+    split = losses(train(config(settings, **changes)).path)
+    assert max(abs(a - b) for a, b in zip(whole, split, strict=True)) < 1e-5
+
+
+def test_dropout_does_not_depend_on_how_a_step_is_split(settings: dict[str, Any]) -> None:
+    settings["lora"]["dropout"] = 0.3
+    whole = losses(train(config(settings)).path)
+    split = losses(train(config(settings, data__pack=False)).path)
+    settings["lora"]["dropout"] = 0.0
+    without = losses(train(config(settings)).path)
+    assert max(abs(a - b) for a, b in zip(whole, split, strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(whole, without, strict=True)) > 1e-3
+
+
+def test_the_same_settings_give_the_same_bytes(settings: dict[str, Any]) -> None:
+    assert weights(train(config(settings)).path) == weights(train(config(settings)).path)
+
+
+class StopAfter(Silent):
+    """Presses Ctrl-C once a step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.last = step
+
+    def step(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.last:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.trap(59)
+@pytest.mark.trap(60)
+@pytest.mark.trap(61)
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bytes(
+    settings: dict[str, Any], tmp_path: Path, stop: int
+) -> None:
+    settings["lora"]["dropout"] = 0.1
+    settings["data"]["valid"] = str(write_rows(tmp_path / "valid.jsonl", 5, seed=7))
+    whole = train(config(settings, output__name="whole")).path
+    with pytest.raises(Interrupted, match="--resume") as stopped:
+        train(config(settings, output__name="cut"), reporter=StopAfter(stop))
+    assert stopped.value.exit_code == 130
+    cut = tmp_path / "runs/cut"
+    assert json.loads((cut / "run.json").read_text())["status"] == "interrupted"
+    assert len(losses(cut)) == stop
+    train(None, resume=cut)
+    assert [x.hex() for x in losses(cut)] == [x.hex() for x in losses(whole)]
+    assert weights(cut) == weights(whole)
+
+
+def test_resume_refuses_other_settings_and_other_data(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(config(settings), reporter=StopAfter(2))
+    run = tmp_path / "runs/run"
+    with pytest.raises(ConfigError, match=r"train.seed.*3.*0"):
+        train(config(settings, train__seed=3), resume=run)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write((tmp_path / "train.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(ConfigError, match="the data is not what this run was begun"):
+        train(None, resume=run)
+
+
+def test_resume_takes_more_epochs(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(config(settings, train__lr_scheduler="constant"), reporter=StopAfter(2))
+    longer = config(settings, train__lr_scheduler="constant", train__epochs=3)
+    assert train(longer, resume=tmp_path / "runs/run").steps == 12
+
+
+@pytest.mark.trap(63)
+def test_a_damaged_checkpoint_is_passed_over(settings: dict[str, Any], tmp_path: Path) -> None:
+    whole = train(config(settings, output__name="whole")).path
+    with pytest.raises(Interrupted):
+        train(config(settings, output__save_every=2, output__name="cut"), reporter=StopAfter(5))
+    cut = tmp_path / "runs/cut"
+    newest = sorted((cut / "checkpoints").iterdir())[-1] / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    train(None, resume=cut, reporter=Notes())
+    assert any("damaged" in note for note in notes)
+    assert weights(cut) == weights(whole)
+
+
+def test_old_checkpoints_are_dropped_after_the_new_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = train(config(settings, output__save_every=1, output__keep=2)).path
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000007", "step-000008"]
+
+
+def test_early_stopping_keeps_the_best_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
+    valid = tmp_path / "valid.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "~~~~"}]
+    valid.write_text(json.dumps({"messages": turns}) + "\n")
+    run = train(
+        config(
+            settings,
+            data__valid=str(valid),
+            train__learning_rate=0.05,
+            train__eval_every=1,
+            train__early_stopping_patience=2,
+            train__epochs=8,
+        )
+    )
+    lines = [line for line in metrics(run.path) if "valid_loss" in line]
+    best = min(lines, key=lambda line: line["valid_loss"])
+    assert [line["best"] for line in lines[-2:]] == [False, False]
+    assert run.steps == best["step"] + 2
+    assert run.valid_loss == best["valid_loss"]
+    assert read_adapter(run.adapter).ours["step"] == best["step"]
+
+
+def test_the_valid_loss_is_that_of_the_model_that_is_kept(settings: dict[str, Any], tmp_path: Path) -> None:
+    valid = write_rows(tmp_path / "valid.jsonl", 5, seed=7)
+    run = train(config(settings, data__valid=str(valid)))
+    model = load(run.path, dtype="fp32")
+    from lorimer.data.conversation import to_conversation
+    from lorimer.data.rows import read_rows
+
+    examples = [model.template.encode(to_conversation(row)) for row in read_rows(valid)]
+    rows = model.token_losses(examples)
+    mean = sum(float(row.sum()) for row in rows) / sum(len(row) for row in rows)
+    assert run.valid_loss == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.trap(11)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    real = step_module.pack_loss
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss, each = real(*args, **kwargs)
+        return (loss * float("nan") if calls == 3 else loss), each
+
+    monkeypatch.setattr(step_module, "pack_loss", broken)
+    with pytest.raises(DivergenceError, match=r"nan at step 3, in .*train\.jsonl:\d+"):
+        train(config(settings, output__save_every=1))
+    record = json.loads((tmp_path / "runs/run/run.json").read_text())
+    assert record["status"] == "failed"
+    assert (tmp_path / "runs/run/checkpoints/step-000002").is_dir()
+
+
+def test_before_and_after_are_proved_on_held_out_rows(settings: dict[str, Any], tmp_path: Path) -> None:
+    test = str(write_rows(tmp_path / "test.jsonl", 4, seed=9))
+    result = train(config(settings, data__test=test))
+    assert result.comparison is not None
+    assert result.comparison["loss"].after < result.comparison["loss"].before
+    assert (result.path / "eval/before.json").is_file()
+    assert (result.path / "eval/after.json").is_file()
+
+
+def test_an_adapter_can_be_trained_further(settings: dict[str, Any], tmp_path: Path) -> None:
+    first = train(config(settings))
+    second = train(config(settings, lora__adapter=str(first.adapter)))
+    assert losses(second.path)[0] < losses(first.path)[0]
+    assert read_adapter(second.adapter).ours["started_from"] == str(first.adapter)
+
+
+@pytest.mark.trap(45)
+@pytest.mark.trap(47)
+@pytest.mark.trap(48)
+def test_every_adapter_tensor_moves_and_the_base_does_not(settings: dict[str, Any]) -> None:
+    before = load(settings["base"], dtype="fp32")
+    run = train(config(settings, train__max_steps=2))
+    model = load(run.path, dtype="fp32")
+    assert model.adapter is not None
+    ups = {name: tensor for name, tensor in model.adapter.tensors.items() if "lora_B" in name}
+    assert all(bool(tensor.any()) for tensor in ups.values())
+    assert all(tensor.dtype == torch.float32 for tensor in ups.values())
+    for old, new in zip(before.decoder.projections(), model.decoder.projections(), strict=True):
+        assert torch.equal(old.linear.weight.dequantise(), new.linear.weight.dequantise())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"data__train": "missing.jsonl"}, (ConfigError, DataError), "missing.jsonl"),
+        ({"data__max_tokens": 8}, DataError, "no train rows are left"),
+        ({"lora__target_modules": ["c_attn"]}, ConfigError, "c_attn"),
+        ({"lora__layers": "7-9"}, ConfigError, "0 to 2"),
+        ({"lora__adapter": "nowhere"}, (ConfigError, AdapterError), "nowhere"),
+    ],
+)
+@pytest.mark.trap(32)
+def test_wrong_input_leaves_no_folder_behind(
+    settings: dict[str, Any], tmp_path: Path, change: dict[str, Any], error: Any, says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        train(config(settings, **change))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_loading(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        train(config(settings, output__dir=str(tmp_path / "file/runs")))
+
+
+@pytest.mark.trap(9)
+@pytest.mark.parametrize("policy", ["error", "drop", "truncate"])
+def test_rows_that_are_too_long_are_treated_as_asked_and_said(
+    settings: dict[str, Any], tmp_path: Path, policy: str
+) -> None:
+    long = {"role": "user", "content": "a" * 300}, {"role": "assistant", "content": "b"}
+    some = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 300}
+    with (tmp_path / "train.jsonl").open("a") as file:
+        for row in (long, some):
+            file.write(json.dumps({"messages": row}) + "\n")
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+        def start(self, info: dict[str, Any]) -> None:
+            notes.append(f"{info['rows']} rows are trained")
+
+    if policy == "error":
+        with pytest.raises(
+            DataError, match=r"2 rows are longer than 256 .*train.jsonl:22, .*train.jsonl:23"
+        ):
+            train(config(settings, data__too_long=policy))
+        return
+    train(config(settings, data__too_long=policy, train__max_steps=1), reporter=Notes())
+    told = " ".join(notes)
+    assert ("left out" if policy == "drop" else "cut at the end") in told
+    assert ("21 rows are trained" if policy == "drop" else "22 rows are trained") in told
