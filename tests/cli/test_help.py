@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,10 +88,16 @@ def test_the_generated_pages_are_up_to_date() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_a_command_in_the_readme_or_the_docs_exists() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
-        for line in page.read_text(encoding="utf-8").splitlines():
-            words = line.strip().removeprefix("$ ").split()
-            if words[:1] == ["lorimer"] and len(words) > 1 and words[1].islower():
-                assert words[1] in COMMANDS, f"{page.name}: {line}"
+def commands_in(text: str) -> list[str]:
+    """The command of each `lorimer ...` that a page shows, in a block or in a line."""
+    blocks = "".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    return re.findall(r"^ *lorimer ([a-z]+) ", blocks, re.MULTILINE) + re.findall(
+        r"`lorimer ([a-z]+)", text
+    )
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/walk.md", "CHANGELOG.md"])
+def test_a_command_that_a_page_shows_exists(name: str) -> None:
+    found = commands_in((ROOT / name).read_text(encoding="utf-8"))
+    assert found
+    assert set(found) <= COMMANDS.keys()

@@ -60,7 +60,9 @@ def evaluate(
 
     config = run_config(Path(target), need_files=data is None)
     conversations = held_out(config, data)[:rows]
-    model = load(target)
+    # As it was trained, so that the scores are those of the run's own proof.
+    place = config.train.model_dump(include={"dtype", "device", "threads"}) if config else {}
+    model = load(target, **place)
     longest = max_new_tokens or (config.evaluate.max_new_tokens if config else 256)
     train_on = config.data.train_on if config else "assistant"
     after = _scores(model, conversations, "after", longest, batch_size, train_on)

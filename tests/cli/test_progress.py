@@ -1,0 +1,185 @@
+"""What a run says, in a pipe and in a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lorimer.cli import progress
+from lorimer.cli.progress import Live, Plain, duration, facts, next_commands, open_progress
+
+INFO: dict[str, Any] = {
+    "run": "runs/home", "base": "smollm2-135m", "architecture": "llama", "base_parameters": 134_515_008,
+    "dtype": "bfloat16", "device": "cpu", "threads": 2, "targets": "q_proj [x] in all 30 layers",
+    "trainable": "trainable params: 4,884,480 || all params: 139,399,488 || trainable%: 3.5039",
+    "r": 16, "alpha": 32.0, "rows": 2400, "tokens": 150_000, "trained_tokens": 60_000, "valid_rows": 300,
+    "test_rows": 307, "steps": 5, "first_step": 0, "batch_size": 16, "micro_batch_tokens": 2048,
+    "epochs": 1, "learning_rate": 1e-3, "lr_scheduler": "linear", "warmup_steps": 5,
+    "template": "the base's",
+}  # fmt: skip
+
+
+def record(step: int) -> dict[str, Any]:
+    return {
+        "step": step, "epoch": step / 5, "loss": 3 / step, "learning_rate": 1e-3, "grad_norm": 1.5,
+        "rows": 16, "tokens": 900, "trained_tokens": 400, "seconds": 10.0, "tokens_per_second": 90.0,
+        "memory_bytes": 2**31,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time, set by hand."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def result(path: Path, comparison: object = None) -> Any:
+    path.mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(path=path, adapter=path / "adapter", steps=5, comparison=comparison)
+
+
+def test_every_step_is_a_line_of_at_most_80_columns(clock: SimpleNamespace) -> None:
+    out = io.StringIO()
+    plain = Plain(out)
+    plain.start(INFO)
+    for step in range(1, 6):
+        clock.seconds += 10
+        plain.step(record(step))
+    lines = out.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("step")][:2] == [
+        "step 1/5  loss 3.0000  lr 1.0e-03  norm 1.50  90 tokens/s  40 s to go",
+        "step 2/5  loss 1.5000  lr 1.0e-03  norm 1.50  90 tokens/s  30 s to go",
+    ]
+    assert lines.count("estimate  20 s for 5 steps") == 1
+    assert lines[-1] == "step 5/5  loss 0.6000  lr 1.0e-03  norm 1.50  90 tokens/s"
+    assert INFO["trainable"] in out.getvalue()
+    assert max(map(len, lines)) <= 90
+
+
+def test_fast_steps_get_a_line_a_second_and_the_last(clock: SimpleNamespace) -> None:
+    out = io.StringIO()
+    plain = Plain(out)
+    plain.start(INFO | {"steps": 40})
+    for step in range(1, 41):
+        clock.seconds += 0.25
+        plain.step(record(step))
+    told = [int(line.split()[1].split("/")[0]) for line in out.getvalue().splitlines() if "loss" in line]
+    assert told == [1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 40]
+
+
+def test_a_resumed_run_counts_from_where_it_goes_on(clock: SimpleNamespace) -> None:
+    out = io.StringIO()
+    plain = Plain(out)
+    plain.start(INFO | {"first_step": 3})
+    clock.seconds += 7
+    plain.step(record(4))
+    assert "from step 4" in out.getvalue()
+    assert "7 s to go" in out.getvalue()
+
+
+def test_the_panel_holds_what_training_depends_on() -> None:
+    text = "\n".join(f"{name} {line}" for name, line in facts(INFO))
+    for part in (
+        "smollm2-135m (llama, 135 M)",
+        "r=16 alpha=32",
+        "60,000 trained (40%)",
+        "5 steps of 16 rows",
+    ):
+        assert part in text
+    for part in ("linear, 0.001, 5 steps of warm-up", "300 valid, 307 test", "bfloat16", "runs/home"):
+        assert part in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_table_shows_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Terminal()
+    with open_progress(out) as live:
+        assert isinstance(live, Live)
+        live.start(INFO)
+        live.note("a note [red]x[/red]")
+        for step in range(1, 6):
+            live.step(record(step))
+        live.evaluation({"step": 5, "valid_loss": 0.5, "best": True})
+        live.proving("answering [1] row")
+        live.finished(result(tmp_path / "run"))
+    text = out.getvalue()
+    for part in (
+        "q_proj [x]",
+        "[red]x[/red]",
+        "validation loss 0.5000, the best so far",
+        "5/5",
+        "lorimer chat",
+    ):
+        assert part in text
+    assert "[green]" not in text
+
+
+def test_an_error_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+
+    def fail() -> None:
+        with open_progress(out) as live:
+            live.start(INFO)
+            raise ValueError("lost")
+
+    with pytest.raises(ValueError, match="lost"):
+        fail()
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "term", "kind"), [(False, "xterm", Plain), (True, "dumb", Plain), (True, "xterm", Live)]
+)
+def test_only_a_terminal_gets_the_live_table(
+    terminal: bool, term: str, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    assert type(open_progress(Terminal() if terminal else io.StringIO())) is kind
+
+
+def test_the_next_commands_are_of_this_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    change: Any = {"prompt": "what's on?"}
+    commands = next_commands(result(tmp_path / "my runs" / "home", comparison=object()), [change])
+    assert commands == [
+        "lorimer chat 'my runs/home'",
+        """lorimer generate 'my runs/home' 'what'"'"'s on?'""",
+        "lorimer eval 'my runs/home'",
+        "lorimer merge 'my runs/home' --out 'my runs/home-merged'",
+    ]
+    assert not any("eval" in command for command in next_commands(result(tmp_path / "r"), []))
+
+
+def test_changed_answers_come_from_the_run(tmp_path: Path) -> None:
+    change = {
+        "kind": "fixed", "place": "t.jsonl:1", "prompt": "lamp on", "reference": "ON",
+        "before": "no", "after": "ON",
+    }  # fmt: skip
+    run = result(tmp_path / "run")
+    (run.path / "samples.jsonl").write_text(json.dumps(change) + "\n", encoding="utf-8")
+    out = io.StringIO()
+    Plain(out).finished(run)
+    for part in ("t.jsonl:1", "lamp on", "before", "after", "'lamp on'"):
+        assert part in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
