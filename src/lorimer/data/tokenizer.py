@@ -63,10 +63,16 @@ class Tokenizer:
             self._rest = tokenizers.Tokenizer.from_str(
                 json.dumps(_without_prefix(self._renamed(described)))
             )
-        pairs = [
-            (self._guarded.token_to_id(p), self._plain.token_to_id(t)) for t, p in self._private.items()
-        ]
-        self._true_id = {own: true for own, true in pairs if own != true}
+        self._true_id = self._translation()
+
+    def _translation(self) -> dict[int, int]:
+        """Ids that the guarded backend gave its renamed tokens -> the true ones, where they differ."""
+        table = {}
+        for token, private in self._private.items():
+            own, true = self._guarded.token_to_id(private), self._plain.token_to_id(token)
+            if own is not None and true is not None and own != true:
+                table[own] = true
+        return table
 
     @classmethod
     def from_base(cls, base: BaseFiles) -> Tokenizer:

@@ -29,7 +29,8 @@ class Scored(Protocol):
 
     template: ChatTemplate
 
-    def generate(self, prompt: Any, **settings: Any) -> Any: ...
+    @property
+    def generate(self) -> Callable[..., Any]: ...
 
     def token_losses(self, examples: Sequence[Example]) -> list[Any]: ...
 

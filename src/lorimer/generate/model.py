@@ -97,8 +97,9 @@ class Model:
         finally:
             self.decoder.adapted = before
 
+    # A text is a sequence of texts too; the first signature that fits decides.
     @overload
-    def generate(self, prompt: str, **settings: Unpack[Settings]) -> str: ...
+    def generate(self, prompt: str, **settings: Unpack[Settings]) -> str: ...  # type: ignore[overload-overlap]
 
     @overload
     def generate(self, prompt: Sequence[dict[str, Any]], **settings: Unpack[Settings]) -> str: ...

@@ -84,7 +84,7 @@ class _Project(torch.autograd.Function):
     """y = (residual +) before(x) W^T (+ bias) + dropout(before(x)) A^T (s B)^T."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input_TI: Tensor,
         residual_TO: Tensor | None,
@@ -112,7 +112,7 @@ class _Project(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Any, ...]:
         linear, before, low_rank = ctx.linear, ctx.before, ctx.linear.low_rank
         input_TI, rstd, down = ctx.saved_tensors
         need_input, need_residual = ctx.needs_input_grad[:2]
@@ -195,12 +195,12 @@ def project(
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TD, sin_TD)
         return reference.rotate(states_TND, cos_TD, sin_TD)
 
     @staticmethod
-    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Any, ...]:
         cos_TD, sin_TD = ctx.saved_tensors
         return reference.rotate(grad_TND, cos_TD, -sin_TD), None, None
 
@@ -215,16 +215,14 @@ class _HeadNorm(torch.autograd.Function):
     """RMSNorm over the last dimension, on its own (query and key norms, the final norm)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, norm: Norm, norm_parameter: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, norm: Norm, norm_parameter: Tensor | None) -> Tensor:
         normed, rstd = reference.rms_norm(hidden, norm.weight_H, norm.eps)
         ctx.norm = norm
         ctx.save_for_backward(hidden, rstd)
         return normed
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad[2]
         flat = hidden.shape[-1]
@@ -246,7 +244,7 @@ def rms_norm(hidden: Tensor, norm: Norm, norm_parameter: Tensor | None = None) -
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
         output = reference.causal_attention(query, key, value, scale=scale, window=window)
@@ -255,7 +253,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, output = ctx.saved_tensors
         return (
             *reference.causal_attention_backward(
@@ -278,12 +276,12 @@ class _Gather(torch.autograd.Function):
     """Rows by index where every row of the source is used once and extra slots carry no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, source: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         return source.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -296,7 +294,7 @@ def gather(source: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_MH: Tensor, head: Tensor, labels_M: Tensor, weight: float, smoothing: float
     ) -> tuple[Tensor, Tensor]:
         result = reference.cross_entropy_head(
@@ -313,7 +311,7 @@ class _Head(torch.autograd.Function):
         return result.losses_M.sum() * weight, result.losses_M
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad,

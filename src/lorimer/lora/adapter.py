@@ -179,8 +179,7 @@ def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Targ
             fix=f"It says that it was trained on {files.base}.",
             path=files.path,
         )
-    slots = [decoder.embedding, decoder.head, *decoder.norms()]
-    saved = tuple(slot.path for slot in slots if f"{slot.path}.weight" in files.tensors)
+    saved = tuple(slot.path for slot in decoder.slots() if f"{slot.path}.weight" in files.tensors)
     pair = [files.tensors.get(f"{table.path}.weight") for table in (decoder.embedding, decoder.head)]
     one = pair[0] is not None and pair[1] is not None and torch.equal(pair[0], pair[1])
     spec = LoraSpec(

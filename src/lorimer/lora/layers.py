@@ -134,7 +134,7 @@ def remove(decoder: Decoder) -> None:
     """Take every adapter off the decoder; its frozen weights were never changed."""
     for group in decoder.projections():
         group.adapted = None
-    for slot in (*decoder.norms(), decoder.embedding, decoder.head):
+    for slot in decoder.slots():
         slot.trained = None
 
 
@@ -187,7 +187,7 @@ def find_slots(decoder: Decoder, name: str) -> list[NormSlot | Table]:
 
     Raises ConfigError if there is none.
     """
-    slots = [decoder.embedding, decoder.head, *decoder.norms()]
+    slots = decoder.slots()
     found = [slot for slot in slots if slot.path == name or slot.path.endswith("." + name)]
     if not found:
         kinds = dict.fromkeys(slot.path.split(".")[-1] for slot in slots)
@@ -273,7 +273,7 @@ def _neighbours(parts: Sequence[Tensor], adapter: Adapter) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     rows = sum(part.shape[0] for part in parts)
-    return _leaf(adapter.flat, parts[0].storage_offset(), (rows, *parts[0].shape[1:]))
+    return _leaf(adapter.flat, int(parts[0].storage_offset()), (rows, *parts[0].shape[1:]))
 
 
 class LoraDropout:

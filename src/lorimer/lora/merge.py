@@ -166,7 +166,7 @@ class _ShardWriter:
         if len(self.shards) == 1:
             (self.folder / "part-0").rename(self.folder / "model.safetensors")
             return
-        names = {}
+        names: dict[str, str] = {}
         for number, members in enumerate(self.shards):
             name = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
             (self.folder / f"part-{number}").rename(self.folder / name)

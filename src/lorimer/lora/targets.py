@@ -74,7 +74,9 @@ def _by_module(targets: list[Target], wanted: str | Sequence[str]) -> list[Targe
             return _by_pattern(targets, wanted)
         wanted = presets.get(wanted, (wanted,))
     if not wanted:
-        raise ConfigError("`lora.target_modules` names no module", fix=f"The model has: {', '.join(names)}.")
+        raise ConfigError(
+            "`lora.target_modules` names no module", fix=f"The model has: {', '.join(names)}."
+        )
     for name in wanted:
         if not any(_named(target, name) for target in targets):
             close = difflib.get_close_matches(name, names, 1)

@@ -80,10 +80,9 @@ def attend(
     """Causal attention of every row of a pack to itself: [T, N * D]."""
     outputs = []
     for group in groups:
-        parts = [
-            _grid(states[group.first : group.last], group) for states in (query_TND, key_TKD, value_TKD)
-        ]
-        output = dispatch.causal_attention(*parts, scale, window).transpose(1, 2)
+        part = slice(group.first, group.last)
+        query, key, value = (_grid(states[part], group) for states in (query_TND, key_TKD, value_TKD))
+        output = dispatch.causal_attention(query, key, value, scale, window).transpose(1, 2)
         flat = output.reshape(group.rows * group.longest, -1)
         if group.index is not None and group.inverse is not None:
             flat = _Scatter.apply(flat, group.index, group.inverse)  # type: ignore[no-untyped-call]
@@ -95,20 +94,20 @@ def _grid(states_TND: Tensor, group: Group) -> Tensor:
     """[tokens, N, D] of a group -> [rows, N, longest, D]."""
     if group.index is not None and group.inverse is not None:
         states_TND = dispatch.gather(states_TND, group.index, group.inverse)
-    return states_TND.unflatten(0, (group.rows, group.longest)).transpose(1, 2)
+    return states_TND.view(group.rows, group.longest, *states_TND.shape[1:]).transpose(1, 2)
 
 
 class _Scatter(torch.autograd.Function):
     """Drop the padding of a grid. Backward: zeros in the padding, so that it sends no gradient."""
 
     @staticmethod
-    def forward(ctx, grid, index, inverse):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, grid, index, inverse):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(inverse)
         ctx.slots = grid.shape[0]
         return grid.index_select(0, inverse)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (inverse,) = ctx.saved_tensors
         grid = grad.new_zeros((ctx.slots, *grad.shape[1:]))
         return grid.index_copy_(0, inverse, grad), None, None

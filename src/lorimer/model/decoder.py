@@ -223,6 +223,10 @@ class Decoder:
     def norms(self) -> list[NormSlot]:
         return [slot for layer in self.layers for slot in layer.norms()] + [self.final_norm]
 
+    def slots(self) -> list[NormSlot | Table]:
+        """Everything that can be trained in full: embedding, head, norms."""
+        return [self.embedding, self.head, *self.norms()]
+
     def _query_key_value(
         self, layer: Layer, hidden_TH: Tensor, cos: Tensor, sin: Tensor, dropouts: Dropouts | None
     ) -> tuple[Tensor, Tensor, Tensor]:

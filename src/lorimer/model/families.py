@@ -7,13 +7,13 @@ those of Hugging Face, the same for all of these; decoder.py lists them once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from lorimer.errors import BaseError
-from lorimer.model.spec import ModelSpec, RopeSpec
+from lorimer.model.spec import ModelSpec, RopeKind, RopeSpec
 
 Config = dict[str, Any]
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
 
 
 def llama(config: Config) -> ModelSpec:
@@ -99,10 +99,11 @@ def _spec(config: Config, *, head_dim: int | None = None, **differs: Any) -> Mod
 def _rope(config: Config, head_dim: int, positions: int) -> RopeSpec:
     """Both spellings: `rope_parameters` of newer configs, `rope_theta` + `rope_scaling` of older ones."""
     settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
+    named = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
     settings.pop("type", None)
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"the rope scaling `{kind}` is not known (known: {', '.join(ROPE_KINDS)})")
+    kind = next((kind for kind in ROPE_KINDS if kind == named), None)
+    if kind is None:
+        raise ValueError(f"the rope scaling `{named}` is not known (known: {', '.join(ROPE_KINDS)})")
     theta = settings.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
     share = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     original = config.get("original_max_position_embeddings")

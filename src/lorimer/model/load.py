@@ -63,7 +63,8 @@ def read_weight(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor:
     heads = {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
     if heads is None or base.kind != "gguf" or spec.family not in ("llama", "mistral"):
         return value
-    return value.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(value.shape)
+    pairs: Tensor = value.unflatten(0, (heads, -1, 2))
+    return pairs.transpose(1, 2).reshape(value.shape)
 
 
 @dataclass(slots=True)

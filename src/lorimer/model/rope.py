@@ -126,9 +126,8 @@ class RopeTables:
             size = max(256, 1 << (length - 1).bit_length())
             inverse_F, factor = frequencies(self.spec, length)
             angles = torch.outer(torch.arange(size, dtype=torch.float32), inverse_F)
-            kept = tuple(
-                (turn * factor).to(self.device, self.dtype) for turn in (angles.cos(), angles.sin())
-            )  # type: ignore[assignment]
+            cos, sin = (turn * factor for turn in (angles.cos(), angles.sin()))
+            kept = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
             self._tables = {key: kept} if self.spec.kind == "dynamic" else self._tables | {key: kept}
         return kept
 

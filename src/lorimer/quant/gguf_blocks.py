@@ -107,7 +107,8 @@ def _q6_k(raw: Tensor) -> Tensor:
     two = torch.stack([(high >> shift) & 3 for shift in (0, 2, 4, 6)], 2)
     q = (four | (two << 4)).flatten(1).unflatten(1, (16, 16)).float() - 32
     scales = raw[:, 192:208].contiguous().view(torch.int8).float() * _halves(raw, 208)
-    return (q * scales.unsqueeze(-1)).flatten(1)
+    numbers: Tensor = (q * scales.unsqueeze(-1)).flatten(1)
+    return numbers
 
 
 # For each type: bytes of a block, and its decoder from [B, bytes] to [B, numbers].

@@ -540,9 +540,11 @@ class Session:
                     )
                 )
             write_file(self.run.eval / f"{label}.json", json.dumps(scores[-1].to_json(), indent=1))
-        result.before, result.after = scores
-        result.comparison = compare_scores(*scores)
-        lines = [json.dumps(sample) for sample in changed_answers(*scores, self.config.evaluate.samples)]
+        before, after = scores
+        result.before, result.after = before, after
+        result.comparison = compare_scores(before, after)
+        samples = changed_answers(before, after, self.config.evaluate.samples)
+        lines = [json.dumps(sample) for sample in samples]
         write_file(self.run.samples, "".join(line + "\n" for line in lines))
         self.seconds["eval"] += time.perf_counter() - began
 

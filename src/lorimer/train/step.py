@@ -46,7 +46,7 @@ def train_step(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise _diverged(f"the loss is {value}", step, places(pack))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += value
     norm = optimizer.step(learning_rate)
     if not math.isfinite(norm):
