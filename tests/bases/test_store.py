@@ -20,12 +20,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home/bases"
 
 
-def keep(folder: Path, files: dict[str, bytes], **facts: object) -> Path:
+def keep(folder: Path, files: dict[str, bytes], name: str | None = None) -> Path:
     folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    listed = {name: {"bytes": len(content)} for name, content in files.items()}
-    manifest = {"name": folder.name.replace("--", "/"), "files": listed} | facts
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    listed = {file: {"bytes": len(content)} for file, content in files.items()}
+    manifest = {"name": name or folder.name.replace("--", "/"), "files": listed}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
@@ -152,7 +152,8 @@ def test_a_manifest_that_cannot_be_read_is_no_manifest(root: Path, text: str) ->
     "files", [["model.gguf"], {"model.gguf": 4}, {"model.gguf": {}}, {"../../secret.gguf": {"bytes": 4}}]
 )
 def test_a_manifest_that_lists_nonsense_is_refused(root: Path, files: object) -> None:
-    keep(root / "small", {"model.gguf": b"GGUF"}, files=files)
+    folder = keep(root / "small", {"model.gguf": b"GGUF"})
+    (folder / "manifest.json").write_text(json.dumps({"name": "small", "files": files}), encoding="utf-8")
     (root.parent / "secret.gguf").write_bytes(b"GGUF")
     with pytest.raises(BaseError, match="damaged"):
         kept_path("small")
