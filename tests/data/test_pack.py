@@ -6,9 +6,9 @@ import random
 
 import numpy as np
 import pytest
-from tiny import example
 
 from lorimer.data.pack import Pack, make_pack, split_into_packs
+from tiny import example
 
 
 def made(lengths: list[int]) -> list:

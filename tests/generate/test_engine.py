@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CASES
-from tiny import Tiny, make_tiny, our_logits, random_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lorimer.errors import UserError
@@ -18,6 +16,8 @@ from lorimer.generate.engine import generate_ids
 from lorimer.generate.model import Model, load
 from lorimer.generate.sampling import Sampling
 from lorimer.model.decoder import Decoder
+from model_cases import CASES
+from tiny import Tiny, make_tiny, our_logits, random_rows
 
 PROMPTS = random_rows((5, 1, 17, 9, 9, 30), seed=4)
 GREEDY, WARM = Sampling(), Sampling(temperature=1.5, top_p=0.95, seed=11)

@@ -7,14 +7,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import difference
 from torch import Tensor
 
 from lorimer.kernels import dispatch
 from lorimer.kernels.dispatch import Dropout, Gate, Linear, LowRank, Norm
 from lorimer.quant.linear import DenseLinear
+from tiny import difference
 
-T, I = 9, 6
+T, INPUTS = 9, 6
 ROWS = (5, 4, 3)  # the second is not adapted
 RANKS, SCALES = (2, 3), (0.5, 1.7)
 
@@ -43,13 +43,16 @@ def low_rank(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, dtype: torch.dtype)
 )
 def test_project(before: str, residual: bool, bias: bool, drop: bool, lora: bool) -> None:
     """Every gradient: input, residual, norm weight, bias, and the factors of two outputs out of three."""
-    x = randn(T, 2 * I if before == "gate" else I, seed=1).requires_grad_()
-    weight, rest = randn(sum(ROWS), I, seed=2), randn(T, sum(ROWS), seed=3).requires_grad_()
-    norm, offset = (1 + 0.3 * randn(I, seed=4)).requires_grad_(), randn(sum(ROWS), seed=5).requires_grad_()
-    a1, b1 = randn(2, I, seed=6), randn(5, 2, seed=7).requires_grad_()
-    a2, b2 = randn(3, I, seed=8), randn(3, 3, seed=9).requires_grad_()
+    x = randn(T, 2 * INPUTS if before == "gate" else INPUTS, seed=1).requires_grad_()
+    weight, rest = randn(sum(ROWS), INPUTS, seed=2), randn(T, sum(ROWS), seed=3).requires_grad_()
+    norm, offset = (
+        (1 + 0.3 * randn(INPUTS, seed=4)).requires_grad_(),
+        randn(sum(ROWS), seed=5).requires_grad_(),
+    )
+    a1, b1 = randn(2, INPUTS, seed=6), randn(5, 2, seed=7).requires_grad_()
+    a2, b2 = randn(3, INPUTS, seed=8), randn(3, 3, seed=9).requires_grad_()
     stacked = torch.cat([a1, a2]).requires_grad_()
-    pool, picks = (randn(4, I, seed=10) > 0).float() * 2, torch.arange(T) % 4
+    pool, picks = (randn(4, INPUTS, seed=10) > 0).float() * 2, torch.arange(T) % 4
     grad = randn(T, sum(ROWS), seed=11)
 
     leaves = {"x": x, "rest": rest, "norm": norm, "offset": offset, "stacked": stacked, "b1": b1, "b2": b2}
@@ -58,7 +61,7 @@ def test_project(before: str, residual: bool, bias: bool, drop: bool, lora: bool
     if before == "norm":
         states = states / torch.sqrt(states.square().mean(-1, keepdim=True) + 1e-3) * wide["norm"]
     elif before == "gate":
-        states = F.silu(states[:, :I]) * states[:, I:]
+        states = F.silu(states[:, :INPUTS]) * states[:, INPUTS:]
     exact = states @ weight.double().t()
     if residual:
         exact = exact + wide["rest"]
@@ -100,8 +103,8 @@ def test_project(before: str, residual: bool, bias: bool, drop: bool, lora: bool
 
 def test_project_in_bf16_keeps_factor_gradients_in_float32() -> None:
     """Factors are float32 parameters; products are bf16, so 2^-8 relative is what can be expected."""
-    x, weight = randn(T, I, seed=1), randn(sum(ROWS), I, seed=2)
-    parts = [randn(2, I, seed=6), randn(5, 2, seed=7), randn(3, I, seed=8), randn(3, 3, seed=9)]
+    x, weight = randn(T, INPUTS, seed=1), randn(sum(ROWS), INPUTS, seed=2)
+    parts = [randn(2, INPUTS, seed=6), randn(5, 2, seed=7), randn(3, INPUTS, seed=8), randn(3, 3, seed=9)]
     factors = {}
     for dtype in (torch.float32, torch.bfloat16):
         leaves = (
@@ -118,14 +121,14 @@ def test_project_in_bf16_keeps_factor_gradients_in_float32() -> None:
 
 
 def test_frozen_input_gets_no_gradient_and_frozen_weight_neither() -> None:
-    weight = randn(sum(ROWS), I, seed=2).requires_grad_()
-    parts = [randn(2, I, seed=6), randn(5, 2, seed=7), randn(3, I, seed=8), randn(3, 3, seed=9)]
+    weight = randn(sum(ROWS), INPUTS, seed=2).requires_grad_()
+    parts = [randn(2, INPUTS, seed=6), randn(5, 2, seed=7), randn(3, INPUTS, seed=8), randn(3, 3, seed=9)]
     leaves = (
         torch.cat([parts[0], parts[2]]).requires_grad_(),
         *(parts[i].requires_grad_() for i in (1, 3)),
     )
     linear = Linear(DenseLinear(weight), None, low_rank(*[p.detach() for p in parts], torch.float32))
-    x = randn(T, I, seed=1)
+    x = randn(T, INPUTS, seed=1)
     dispatch.project(x, linear, factors=leaves).sum().backward()
     assert x.grad is None
     assert weight.grad is None

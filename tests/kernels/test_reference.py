@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import difference
 from torch import Tensor
 
 from lorimer.kernels import reference
+from tiny import difference
 
 # Largest difference against the largest value. bf16 keeps 8 bits: one rounding is 2^-9, and a few
 # of them follow one another in a backward.

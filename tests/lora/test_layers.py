@@ -61,7 +61,7 @@ EVERYTHING = {
 # name -> family, changes to the model, settings of the adapter
 ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {"r": 3, "alpha": 5}),
-    "llama longrope": (
+    "llama dynamic": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}},
         {"r": 3, "alpha": 5, "target_modules": ["v_proj", "o_proj"]},

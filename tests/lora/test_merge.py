@@ -12,6 +12,16 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lorimer.bases.open import open_base
+from lorimer.config import LoraConfig
+from lorimer.errors import StorageError, UserError
+from lorimer.lora import merge as merging
+from lorimer.lora.adapter import attach_adapter, new_adapter, read_adapter
+from lorimer.lora.layers import Adapter
+from lorimer.lora.merge import merge
+from lorimer.model.load import load_decoder
 from tiny import (
     FP32,
     PEFT_NOISE,
@@ -24,16 +34,6 @@ from tiny import (
     shake,
     write_gguf,
 )
-from transformers import AutoModelForCausalLM
-
-from lorimer.bases.open import open_base
-from lorimer.config import LoraConfig
-from lorimer.errors import StorageError, UserError
-from lorimer.lora import merge as merging
-from lorimer.lora.adapter import attach_adapter, new_adapter, read_adapter
-from lorimer.lora.layers import Adapter
-from lorimer.lora.merge import merge
-from lorimer.model.load import load_decoder
 
 pytestmark = PEFT_NOISE
 ROW = random_rows([23])[0]

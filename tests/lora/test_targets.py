@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_tiny
 
 from lorimer.errors import ConfigError
 from lorimer.lora.targets import all_targets, describe_targets, select_targets
 from lorimer.model.decoder import Decoder
+from tiny import make_tiny
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import CASES
-from tiny import FAMILIES, SHAPE, difference, example, hf_logits, make_tiny, our_logits, random_rows
 
 from lorimer.data.pack import make_pack
 from lorimer.errors import BaseError
 from lorimer.model.cache import KVCache
 from lorimer.model.families import read_spec
 from lorimer.model.loss import pack_losses
+from model_cases import CASES
+from tiny import FAMILIES, SHAPE, difference, example, hf_logits, make_tiny, our_logits, random_rows
 
 LENGTHS = (1, 7, 7, 12, 30, 61)
 LONG = 90  # past every context of these models

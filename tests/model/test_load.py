@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FP32, difference, hf_logits, make_tiny, our_logits, random_rows, write_gguf
 from transformers import AutoModelForCausalLM
 
 from lorimer.bases.open import open_base
 from lorimer.errors import BaseError, UserError
 from lorimer.model.load import Place, choose_place, load_decoder
+from tiny import FP32, difference, hf_logits, make_tiny, our_logits, random_rows, write_gguf
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FP32, SHAPE
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -14,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lorimer.model.families import read_spec
 from lorimer.model.rope import RopeTables, frequencies, plain_frequencies
 from lorimer.model.spec import RopeSpec
+from tiny import FP32, SHAPE
 
 SHORT, LONG = [1.0, 1.1, 1.2, 1.3, 1.5], [1.5, 2.0, 3.0, 4.0, 6.0]
 SCALINGS: dict[str, dict[str, Any]] = {

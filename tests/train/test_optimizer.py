@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny, make_tiny, our_logits, random_rows
 
 from lorimer.config import LoraConfig, TrainConfig
 from lorimer.lora.adapter import new_adapter
 from lorimer.lora.layers import Adapter
 from lorimer.train.optimizer import AdamW
+from tiny import Tiny, make_tiny, our_logits, random_rows
 
 SETTINGS: dict[str, Any] = {
     "weight_decay": 0.3,
