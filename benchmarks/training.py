@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--quick", action="store_true", help="one round of 2 timed steps after 1")
     parser.add_argument("--rows", type=Path, default=ROWS, help="chat rows, JSON lines with `messages`")
-    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct as GGUF; pulled if not given")
+    parser.add_argument(
+        "--gguf", type=Path, help="SmolLM2-135M-Instruct as GGUF; the pulled one if not given"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="keeps the peers' Hugging Face folder")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds until a contestant is stopped")
     parser.add_argument("--out", type=Path, help="write everything measured as JSON")
@@ -153,7 +155,9 @@ def compete(name: str, number: int, job: Job, gguf: Path, timeout: int) -> Outco
         error = f"stopped by signal {-code}: {error}" if code < 0 else f"exit {code}: {error}"
     else:
         try:
-            result = Result(**json.loads(out.splitlines()[-1])) if is_peer else lorimer_cli.result(job)
+            result = (
+                Result(**json.loads(out.splitlines()[-1])) if is_peer else lorimer_cli.result(job, wall)
+            )
         except (OSError, ValueError, LookupError, TypeError) as wrong:
             error = f"done, but its result cannot be read: {wrong!r}"
     return Outcome(name, number, peak, wall, result, error)

@@ -35,12 +35,14 @@ def command(job: Job, base: str) -> list[str]:
     return [sys.executable, "-c", MAIN, "train", str(path), f"train.max_steps={job.steps}"]
 
 
-def result(job: Job) -> Result:
-    """`train_seconds` covers all steps, so the seconds of the warm-up steps are taken off."""
+def result(job: Job, wall_seconds: float) -> Result:
+    """`train_seconds` covers all steps, so the seconds of the warm-up steps are taken off. Loading is
+    what is left of the whole process: imports and exit are in it."""
     run = Path(job.scratch) / "runs" / "benchmark"
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps: list[dict[str, Any]] = [line for line in map(json.loads, lines) if "loss" in line]
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    training = record["train_seconds"] + record["save_seconds"] + record["eval_seconds"]
     warmup = sum(step["seconds"] for step in steps[: job.warmup])
     return Result(
         losses=[step["loss"] for step in steps],
@@ -48,5 +50,5 @@ def result(job: Job) -> Result:
         tokens=[step["tokens"] for step in steps],
         trained_tokens=[step["trained_tokens"] for step in steps],
         timed_seconds=record["train_seconds"] - warmup,
-        load_seconds=record["load_seconds"],
+        load_seconds=wall_seconds - training,
     )
