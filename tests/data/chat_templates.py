@@ -197,7 +197,9 @@ def config(name: str) -> dict[str, str | None]:
 
 
 def tokenizer(name: str) -> Tokenizer:
-    return Tokenizer(tokenizer_json(name), config(name))
+    made = Tokenizer(tokenizer_json(name), config(name))
+    made.more_eos_ids = tuple(made.id(token) or 0 for token in SHAPES[name].eos_too)
+    return made
 
 
 @cache

@@ -96,6 +96,38 @@ BOMBS = {
     "a macro that calls itself": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "a loop that calls itself": "{% for x in [[]] recursive %}{{ loop([x]) }}{% endfor %}",
     "a wide range": "{% for i in range(10**9) %}{% endfor %}",
+    "the filter replace": GROW % "ns.x|replace('a', 'aaaaaaaaaaaa')",
+    "the filter format": "{{ '%0999999999d'|format(1)|length }}",
+    "the filter format with a name": "{{ ('%0' ~ n ~ 'd')|format(1)|length }}",
+    "the filter format with a star": "{{ '%*d'|format(n, 1)|length }}",
+    "the method format": "{{ '{:>999999999}'.format(1)|length }}",
+    "the method format, nested": "{{ '{:>{}}'.format(1, n)|length }}",
+    "the method format_map": "{{ '{a:>999999999}'.format_map({'a': 1})|length }}",
+    "a format that repeats": BIG + "{{ ('{0}' * 300).format(x)|length }}",
+    "the method translate": BIG + "{{ x.translate({97: x})|length }}",
+    "the filter join": BIG + "{{ ([x] * 4000)|join|length }}",
+    "the filter join of an attribute": BIG + "{{ ([{'a': x}] * 4000)|join('', 'a')|length }}",
+    "the method join": BIG + "{{ ''.join([x] * 4000)|length }}",
+    "the method join of a generator": BIG + "{{ ''.join(([x] * 4000)|map('string'))|length }}",
+    "a list written out": BIG + "{{ [x] * 4000 }}",
+    "a list made a text": BIG + "{{ ([x] * 4000)|string|length }}",
+    "a list joined to a text": BIG + "{{ ([x] * 4000) ~ '' }}",
+    "JSON": BIG + "{{ ([x] * 4000)|tojson|length }}",
+    "JSON with wide indents": "{{ ([[0]] * 9000)|tojson(indent=9999)|length }}",
+    "lists that hold one list twice": NEST + "{{ ns.x|string|length }}",
+    "the same as JSON": NEST + "{{ ns.x|tojson|length }}",
+    "the same as output": NEST + "{{ ns.x }}",
+    "lists in lists": DEEP + "{{ ns.x|string|length }}",
+    "many large texts kept": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}"
+    "{% set ns.x = ns.x + ['a' * 900000 ~ i] %}{% endfor %}",
+    "many lists kept": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}"
+    "{% set ns.x = ns.x + [range(99999)|list] %}{% endfor %}",
+    "lists added up": "{{ ([[0] * 1000] * 90000)|sum(start=[])|length }}",
+    "a number doubled often": "{% set ns = namespace(x=3) %}{% for i in range(90000) %}"
+    "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a constant computed while compiling": "{{ 'aaaaaaaaaa'"
+    + "|replace('a', 'aaaaaaaaaa')" * 9
+    + "|length }}",
 }
 
 
@@ -140,11 +172,24 @@ def test_what_takes_long_is_stopped_in_any_thread(name: str, monkeypatch: pytest
         "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
         "{{ " + "not " * 20000 + "1 }}",
         "{{ " + "-" * 20000 + "1 }}",
+        "".join(f"{{% for a{i} in range(2) %}}" for i in range(60)) + "{% endfor %}" * 60,
+        "{{ 1" + "+1" * 20000 + " }}",
+        "{% if a %}" + "{% elif b %}" * 5000 + "{% endif %}",
     ],
 )
 def test_a_template_that_nests_too_deeply_is_an_error(source: str) -> None:
     with pytest.raises(TemplateError, match="nests too deeply"):
         CompiledTemplate(source)
+
+
+@pytest.mark.parametrize(
+    "join", ["'a' + message.content", "'a' ~ message.content", "message.content | trim"]
+)
+def test_a_long_message_is_rendered_whole(join: str) -> None:
+    content = "word " * 2_000_000 + "end"
+    source = "{% for message in messages %}{{ " + join + " }}{% endfor %}"
+    text = CompiledTemplate(source).render({"messages": [{"role": "user", "content": content}]})
+    assert text.removeprefix("a") == content
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ ORACLE = [
     (
         "phi",
         TWO,
-        "<|system|> Sys.<|end|><|user|> hi<|end|><|assistant|>«one<|end|>»"
-        "<|user|> more<|end|><|assistant|>«two<|end|><|endoftext|>»",
+        "<|system|> Sys.<|end|><|user|> hi<|end|><|assistant|>« one<|end|>»"
+        "<|user|> more<|end|><|assistant|>« two<|end|><|endoftext|>»",
     ),
     (
         "glm",
@@ -117,6 +117,13 @@ ORACLE = [
         "<|assistant|>\n«two<|endoftext|>»",
     ),
     ("glm", EMPTY, "[gMASK]<sop><|user|>\nhi<|assistant|>\n«<|endoftext|>»"),
+    # <|system|> is no end token of this model, so it is not taught as one.
+    (
+        "glm",
+        ("u:hi", "a:one", "s:Sys.", "u:more", "a:two"),
+        "[gMASK]<sop><|user|>\nhi<|assistant|>\n«one»<|system|>\nSys.<|user|>\nmore"
+        "<|assistant|>\n«two<|endoftext|>»",
+    ),
     (
         "qwen 3",
         ("u:hi", "a:<think>why</think>\n\nsure"),
@@ -147,20 +154,6 @@ def test_the_trained_spans_are_those_written_by_hand(
 ) -> None:
     template = template_of(name)
     assert marked(template.encode(chat(*turns)), template.tokenizer) == wanted
-
-
-RED = {
-    "test_every_part_of_a_message_is_hidden": "keys of tools and calls are not hidden",
-    "test_text_and_ids_are_those_of_apply_chat_template[phi]": "no dummy space after a marker at a cut",
-    "test_a_template_that_drops_earlier_thoughts_trains_only_the_last": "kept silent",
-    "test_a_refusal_names_the_row_and_the_line_of_the_template": "the line is that of the compiled code",
-}
-
-
-@pytest.fixture(autouse=True)
-def known_to_fail(request: pytest.FixtureRequest) -> None:
-    if reason := RED.get(request.node.name):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 KEEPING = [name for name in SHAPES if name != "thinks first"]
@@ -383,7 +376,7 @@ def test_a_template_that_drops_earlier_thoughts_trains_only_the_last() -> None:
 @pytest.mark.trap(4)
 @pytest.mark.parametrize("train_on", ["assistant", "last_assistant"])
 def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(train_on: str) -> None:
-    message = "does not keep"
+    message = "before message 2"
     with pytest.raises(TemplateError, match=message):
         template_of("thinks first").encode(chat(*ONE), train_on)
 
@@ -514,6 +507,7 @@ def test_a_template_is_known_by_its_source() -> None:
         ("default on chatml", ["<|im_end|>"]),
         ("default on another", ["</s>"]),
         ("thinks first", []),
+        ("phi", ["<|endoftext|>", "<|end|>"]),
     ],
 )
 def test_the_tokens_that_end_an_answer(name: str, ends: list[str]) -> None:

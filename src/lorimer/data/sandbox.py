@@ -7,10 +7,12 @@ the size of the template, of every string it builds and of its output, and the t
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -19,17 +21,39 @@ import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lorimer.errors import TemplateError
 
 SOURCE_LIMIT = 256 * 1024
-OUTPUT_LIMIT = 1_000_000  # characters, or four times what went in if that is more
-TEXT_LIMIT = 64_000_000  # characters of one text while rendering; a message itself may be long
+OUTPUT_LIMIT = 1_000_000  # characters of one text, or four times what went in if that is more
+BUILT_LIMIT = 64  # times that: characters of all texts built on the way
 SECONDS = 2.0
-# Filters that can build a huge string from a small number, and who needs none of that in a chat.
-DROPPED_FILTERS = ("center", "wordwrap", "batch", "slice", "filesizeformat", "pprint", "urlize", "random")
+# Filters that can build a huge value from a small number; no chat needs them.
+DROPPED_FILTERS = (
+    *("center", "wordwrap", "batch", "slice", "filesizeformat", "pprint", "urlize", "random", "sum"),
+)
+# Filters that spell out or copy what they are given, however nested it is.
+TEXT_FILTERS = (
+    *("capitalize", "e", "escape", "forceescape", "join", "lower", "string", "striptags", "title"),
+    *("tojson", "trim", "truncate", "upper", "urlencode", "wordcount", "xmlattr"),
+)
+WIDE = re.compile(r"\d{5}|\*|\{[^}]*\{")  # a width that is large, or given as an argument
+
+
+class _Budget(threading.local):
+    """What the render or compilation in this thread may still build, in characters."""
+
+    limit = OUTPUT_LIMIT
+    left = OUTPUT_LIMIT * BUILT_LIMIT
+
+    def start(self, limit: int) -> None:
+        self.limit, self.left = limit, limit * BUILT_LIMIT
+
+
+_BUDGET = _Budget()
 
 
 class _Limit(Exception):
@@ -70,17 +94,21 @@ class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Code
 
     def joined(self, parts: tuple[Any, ...]) -> str:
-        texts = [str(part) for part in parts]
-        _check(sum(map(len, texts)))
-        return "".join(texts)
+        _check(_spelled(parts))
+        return "".join(map(str, parts))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            _check(len(left) + len(right))
+        if operator == "+":
+            if isinstance(left, str) and isinstance(right, str):
+                _check(len(left) + len(right))
+                return left + right
+            if hasattr(left, "__len__") and hasattr(right, "__len__"):
+                _check(8 * (len(left) + len(right)))
+            _check_number(left, right)
         elif operator == "*":
             for sequence, count in ((left, right), (right, left)):
                 if hasattr(sequence, "__len__") and isinstance(count, int):
-                    _check(len(sequence) * count)
+                    _check(len(sequence) * count * (1 if isinstance(sequence, str) else 8))
             _check_number(left, right)
         elif operator == "**":
             _check_number(left, 1)
@@ -91,17 +119,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(getattr(function, "__self__", None), str):
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, int):
-                    _check(abs(value))
-            if function.__name__ in ("replace", "join", "format", "format_map"):
-                _check_growth(function, args)
+        # Jinja puts a wrapper around format and format_map.
+        text = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        if isinstance(text, str):
+            args = _check_method(text, function.__name__, args, kwargs)
         return super().call(context, function, *args, **kwargs)
 
 
 def _check(length: int) -> None:
-    if length > TEXT_LIMIT:
+    """Count a text, or a list at eight a place, that is about to be built."""
+    _BUDGET.left -= length
+    if length > _BUDGET.limit or _BUDGET.left < 0:
         raise _Limit("it builds a text that is too long")
 
 
@@ -110,15 +138,63 @@ def _check_number(*values: Any) -> None:
         raise _Limit("it computes a number that is too large")
 
 
-def _check_growth(function: Any, args: tuple[Any, ...]) -> None:
-    """An upper bound on what replace and join can make."""
-    text: str = function.__self__
-    if function.__name__ == "replace" and len(args) >= 2:
-        _check(len(text) + len(text) * len(str(args[1])) // max(1, len(str(args[0]))))
-    elif function.__name__ == "join" and args and hasattr(args[0], "__len__"):
-        _check(len(text) * len(args[0]))
-    elif function.__name__ in ("format", "format_map") and len(text) > 1000:
-        raise _Limit("it formats a long text")
+def _check_method(
+    text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """An upper bound on what a method of a text can build; the arguments to call it with."""
+    if name in ("translate", "maketrans"):
+        raise _Limit(f"it calls {name}, which is not offered")
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, int):
+            _check(len(text) * max(1, text.count("\t")) + abs(value))
+    if name == "join" and args:
+        args = (list(args[0]), *args[1:])
+        _check(_spelled(args[0]) + len(text) * len(args[0]))
+    elif name == "replace" and len(args) >= 2:
+        _check(_replaced(text, str(args[0]), str(args[1])))
+    elif name in ("format", "format_map"):
+        _check_format(text, "{", (args, dict(kwargs)))
+    else:
+        _check(len(text))
+    return args
+
+
+def _replaced(text: str, old: str, new: str) -> int:
+    return len(text) + (text.count(old) if len(new) > len(old) else 0) * len(new)
+
+
+def _check_format(text: str, sign: str, values: Any) -> None:
+    if WIDE.search(text):
+        raise _Limit("it formats to a width that is too large")
+    _check(len(text) + text.count(sign) * (_spelled(values) + 10_000))
+
+
+def _spelled(value: Any) -> int:
+    """About how long this value is when spelled out. Stops counting at the limit: a value may hold
+    one list many times, and that list another many times."""
+    if isinstance(value, str):
+        return len(value)
+    total, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            total += len(item) + 4
+        elif isinstance(item, Mapping):
+            total += 8 * len(item)
+            _stop(total)
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple | set | frozenset):
+            total += 8 * len(item)
+            _stop(total)
+            waiting += item
+        else:
+            total += 32
+    return total
+
+
+def _stop(total: int) -> None:
+    if total > _BUDGET.limit:
+        raise _Limit("it builds a text that is too long")
 
 
 def _environment() -> _Environment:
@@ -126,11 +202,58 @@ def _environment() -> _Environment:
     for name in DROPPED_FILTERS:
         environment.filters.pop(name, None)
     environment.globals.pop("lipsum", None)
-    environment.filters["tojson"] = _to_json
-    environment.filters["indent"] = _indent
+    environment.filters |= {"tojson": _to_json, "indent": _indent, "join": _join, "list": _list}
+    environment.filters |= {"replace": _replace, "format": _format}
+    environment.filters |= {name: _bounded(environment.filters[name]) for name in TEXT_FILTERS}
+    environment.finalize = _shown
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # keeps what jinja marks a filter with
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _check(_spelled(args))
+        return function(*args, **kwargs)
+
+    return bounded
+
+
+def _shown(value: Any) -> Any:
+    """What `{{ value }}` writes."""
+    if not isinstance(value, str):
+        _check(_spelled(value))
+    return value
+
+
+def _join(values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
+    if attribute is not None:
+        values = map(make_attrgetter(ENVIRONMENT, attribute), values)
+    parts = list(values)
+    _check(_spelled(parts) + len(str(separator)) * len(parts))
+    return str(separator).join(map(str, parts))
+
+
+def _list(values: Iterable[Any]) -> list[Any]:
+    made = list(values)
+    _check(8 * len(made))
+    return made
+
+
+def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
+    _check(_spelled(text))
+    text, old, new = str(text), str(old), str(new)
+    _check(_replaced(text, old, new))
+    made: str = text.replace(old, new, -1 if count is None else count)
+    return made
+
+
+def _format(text: Any, *args: Any, **kwargs: Any) -> str:
+    text = str(text)
+    _check_format(text, "%", (args, kwargs))
+    made: str = text % (kwargs or args)
+    return made
 
 
 def _raise(message: str) -> None:
@@ -141,6 +264,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **rest:
     """Plain JSON: chat templates do not want HTML escapes."""
     if isinstance(indent, int):
         _check(abs(indent) * 1000)
+        _check(abs(indent) * _spelled(value) // 4)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **rest)
 
 
@@ -163,18 +287,23 @@ class CompiledTemplate:
             raise TemplateError(
                 f"the chat template has {len(source):,} characters (at most {SOURCE_LIMIT:,})"
             )
+        _BUDGET.start(OUTPUT_LIMIT)
         try:
-            self._template = ENVIRONMENT.from_string(source)
+            with _deadline(SECONDS):  # constant expressions are computed while compiling
+                self._template = ENVIRONMENT.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"the chat template is not valid, line {error.lineno}: {error.message}"
             ) from error
-        except RecursionError as error:
+        except _TooSlow:
+            raise TemplateError(f"the chat template took longer than {SECONDS:g} s to compile") from None
+        except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own limits on nesting
             raise TemplateError("the chat template nests too deeply") from error
 
     def render(self, variables: Mapping[str, Any], *, place: str = "") -> str:
         """The text. Raises TemplateError that names the row at `place`, if given, and the cause."""
         limit = max(OUTPUT_LIMIT, 4 * _size(variables))
+        _BUDGET.start(limit)
         parts: list[str] = []
         length = 0
         where = f"{place}: " if place else ""
@@ -195,7 +324,7 @@ class CompiledTemplate:
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"{where}the chat template tried what it may not: {error}") from None
         except Exception as error:
-            line = _line(error)
+            line = _line(error, self._template)
             raise TemplateError(
                 f"{where}the chat template refuses these messages{line}: {error}",
                 fix="Check the roles and their order, or give another `data.chat_template`.",
@@ -214,13 +343,13 @@ def _size(value: Any) -> int:
     return 0
 
 
-def _line(error: BaseException) -> str:
-    """Jinja rewrites tracebacks so that template frames carry template lines."""
+def _line(error: BaseException, template: jinja2.Template) -> str:
+    """The template's line that was being rendered; frames carry the lines of the compiled code."""
     step = error.__traceback__
     line = ""
     while step is not None:
         if step.tb_frame.f_code.co_filename == "<template>":
-            line = f" (line {step.tb_lineno})"
+            line = f" (line {template.get_corresponding_lineno(step.tb_lineno)})"
         step = step.tb_next
     return line
 

@@ -71,18 +71,26 @@ class ChatTemplate:
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """The token that ends an assistant turn, as the template writes it; [] if it writes none."""
+        """The tokens that end an assistant turn, as the template writes them; [] if it writes none.
+
+        Where several stand together (`<|end|>`, then an end of text after the whole chat), each is one.
+        """
         probe = [Message("user", "a"), Message("assistant", "b")]
         try:
             text = self._render_hidden(probe, None, generation=False)
             turn = self._turns(probe, None, text, "")[0]
         except TemplateError:
             return []
-        spans = [span for span in self.tokenizer.control_spans(text) if span[1] == turn.last]
-        if not turn.closed or not spans:
-            return []
-        number = self.tokenizer.id(text[spans[0][0] : spans[0][1]])
-        return [] if number is None else [number]
+        answer = text[turn.first : turn.last]
+        found: list[int] = []
+        end = len(answer)
+        for first, last in reversed(self.tokenizer.control_spans(answer)):
+            if answer[last:end].strip():
+                break
+            number = self.tokenizer.id(answer[first:last])
+            found += [] if number is None else [number]
+            end = first
+        return found if turn.closed else []
 
     def render(
         self,
@@ -182,17 +190,32 @@ class ChatTemplate:
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         turns = []
         for number in answers:
-            prompt = self._prompt(messages[:number], tools, place)
-            if prompt is None or not text.startswith(prompt):
-                if strict and (train_on == "assistant" or number == answers[-1]) and train_on != "all":
-                    raise _not_kept(number, place)
-                continue
-            end = len(text)
-            if number + 1 < len(messages):
-                upto = self._render_hidden(messages[: number + 1], tools, generation=False, place=place)
-                end = max(len(prompt), _shared(upto, text))
-            turns.append(self._close(number, len(prompt), end, text))
+            turn = self._turn(messages, tools, text, place, number)
+            if turn is not None:
+                turns.append(turn)
+            elif strict and (train_on == "assistant" or number == answers[-1]) and train_on != "all":
+                raise _not_kept(number, place)
         return turns
+
+    def _turn(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        text: str,
+        place: str,
+        number: int,
+    ) -> Turn | None:
+        """One turn; None if the text before it, or the answer itself, is another in the whole chat."""
+        prompt = self._prompt(messages[:number], tools, place)
+        if prompt is None or not text.startswith(prompt):
+            return None
+        if number + 1 == len(messages):
+            return self._close(number, len(prompt), len(text), text)
+        upto = self._render_hidden(messages[: number + 1], tools, generation=False, place=place)
+        end = max(len(prompt), _shared(upto, text))
+        if end < len(upto) and not self.tokenizer.control_spans(text[len(prompt) : end]):
+            return None  # they part before the answer's end: a later message changed the answer
+        return self._close(number, len(prompt), end, text)
 
     def _prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, place: str
@@ -209,15 +232,15 @@ class ChatTemplate:
         inside = [stop for _, stop in self.tokenizer.control_spans(text[first:end])]
         if inside:
             return Turn(number, first, first + inside[-1], closed=True)
-        follows = self.tokenizer.control_spans(text[end:])[:1]
-        if follows and follows[0][0] == 0:
-            return Turn(number, first, end + follows[0][1], closed=True)
+        for start, stop in self.tokenizer.control_spans(text[end:])[:1]:
+            if start == 0 and self.tokenizer.id(text[end : end + stop]) in self.tokenizer.eos_ids:
+                return Turn(number, first, end + stop, closed=True)
         return Turn(number, first, end, closed=False)
 
 
 def _not_kept(number: int, place: str) -> TemplateError:
     return TemplateError(
-        f"{place + ': ' if place else ''}the chat template does not keep what comes before answer "
+        f"{place + ': ' if place else ''}the chat template does not keep what comes before message "
         f"{number + 1}: with the answer added, the text before it is another than inference would feed",
         fix="Set `data.train_on: last_assistant`, or give a template that keeps it with "
         "`data.chat_template`.",
@@ -244,11 +267,11 @@ def _shared(one: str, other: str) -> int:
 
 
 def _hidden(value: Any, hide: Any) -> Any:
-    """Markers hidden in every text of a nested value."""
+    """Markers hidden in every text of a nested value, the keys too."""
     if isinstance(value, str):
         return hide(value)
     if isinstance(value, Mapping):
-        return {key: _hidden(item, hide) for key, item in value.items()}
+        return {_hidden(key, hide): _hidden(item, hide) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_hidden(item, hide) for item in value]
     return value

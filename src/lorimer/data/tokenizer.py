@@ -19,11 +19,12 @@ from typing import Any
 import tokenizers
 
 from lorimer.bases.open import BaseFiles
-from lorimer.data.vocabulary import tokenizer_json
+from lorimer.data.vocabulary import adds_bos, tokenizer_json
 from lorimer.errors import BaseError
 
 Json = dict[str, Any]
 LIBRARY_CLASS = "PreTrainedTokenizerFast"
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,15 @@ class Tokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self.config = dict(config)
-        self._added = {t["content"]: t for t in described.get("added_tokens", []) if t["content"].strip()}
+        self.more_eos_ids: tuple[int, ...] = ()  # those that the base's settings name
+        falls_back = bool(described["model"].get("byte_fallback"))
+        self._added = {
+            t["content"]: t
+            for t in described.get("added_tokens", [])
+            # Bytes that are listed as added tokens must keep the names that byte fallback looks up.
+            if t["content"].strip() and not (falls_back and BYTE_NAME.fullmatch(t["content"]))
+        }
+        self.byte_ids = _byte_ids(described) if falls_back else frozenset()
         self._nonce = secrets.token_hex(8)
         self._private = {token: f"\ue000{self._nonce}{n:x}\ue001" for n, token in enumerate(self._added)}
         self._alias = {token: f"\ue002{self._nonce}{n:x}\ue003" for n, token in enumerate(self._added)}
@@ -64,6 +73,9 @@ class Tokenizer:
                 json.dumps(_without_prefix(self._renamed(described)))
             )
         self._true_id = self._translation()
+        self._added_ids = {
+            number for t in self._added if (number := self._plain.token_to_id(t)) is not None
+        }
 
     def _translation(self) -> dict[int, int]:
         """Ids that the guarded backend gave its renamed tokens -> the true ones, where they differ."""
@@ -77,10 +89,14 @@ class Tokenizer:
     @classmethod
     def from_base(cls, base: BaseFiles) -> Tokenizer:
         """The tokenizer of a base. Raises BaseError if it has none."""
+        made = None
         if base.tokenizer_json is not None:
-            return cls(base.tokenizer_json, base.tokenizer_config)
-        if base.gguf_metadata is not None:
-            return cls.from_gguf(base.gguf_metadata)
+            made = cls(base.tokenizer_json, base.tokenizer_config)
+        elif base.gguf_metadata is not None:
+            made = cls.from_gguf(base.gguf_metadata)
+        if made is not None:
+            made.more_eos_ids = tuple(base.eos_token_ids())
+            return made
         raise BaseError(
             "tokenizer.json is missing",
             fix="Save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER).",
@@ -94,15 +110,14 @@ class Tokenizer:
 
         def token(role: str) -> str | None:
             number = metadata.get(f"tokenizer.ggml.{role}_token_id")
-            return tokens[number] if isinstance(number, int) and number < len(tokens) else None
+            return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
 
-        default = metadata.get("tokenizer.ggml.model") == "llama"
         config = {
             "bos_token": token("bos"),
             "eos_token": token("eos"),
             "unk_token": token("unknown"),
             "pad_token": token("padding"),
-            "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", default)),
+            "add_bos_token": adds_bos(metadata),
         }
         return cls(tokenizer_json(metadata), config)
 
@@ -135,7 +150,7 @@ class Tokenizer:
 
     @property
     def eos_ids(self) -> list[int]:
-        return [] if self.eos_id is None else [self.eos_id]
+        return sorted({*([] if self.eos_id is None else [self.eos_id]), *self.more_eos_ids})
 
     @property
     def adds_bos(self) -> bool:
@@ -185,13 +200,16 @@ class Tokenizer:
         """Ids of a rendered text cut before each trained span, and which of them are trained.
 
         Each piece is encoded on its own, so ids before a trained span are those of the prompt that
-        inference feeds. Only the first piece is a beginning: later ones get no dummy space.
+        inference feeds. A later piece gets a dummy space only where the reference gives one: after
+        a marker, if this tokenizer puts one there.
         """
         ids: list[int] = []
         trained: list[bool] = []
         for number, piece in enumerate(pieces):
             own, rest = self._swap(piece.text[: piece.trained]), self._swap(piece.text[piece.trained :])
-            for part_ids, starts in self._encode_piece(own + rest, begins=number == 0):
+            after_marker = bool(ids) and ids[-1] in self._added_ids
+            begins = number == 0 or (after_marker and self._prefix == "always")
+            for part_ids, starts in self._encode_piece(own + rest, begins=begins):
                 ids += part_ids
                 trained += [start < len(own) for start in starts]
         return ids, trained
@@ -242,7 +260,7 @@ class Tokenizer:
     def _renamed(self, described: Json) -> Json:
         """The tokenizer with private names for its added tokens, in the vocabulary too."""
         renamed: Json = json.loads(json.dumps(described))
-        renamed["post_processor"] = None
+        renamed |= {"post_processor": None, "truncation": None, "padding": None}
         for token in renamed.get("added_tokens", []):
             token["content"] = self._private.get(token["content"], token["content"])
         model = renamed["model"]
@@ -252,9 +270,16 @@ class Tokenizer:
             for token, private in self._private.items():
                 if token in model["vocab"]:
                     model["vocab"][private] = model["vocab"].pop(token)
+            if "merges" in model:
+                model["merges"] = [merge for merge in model["merges"] if self._is_text(merge)]
         else:
             model["vocab"] = [[self._private.get(t, t), score] for t, score in model["vocab"]]
         return renamed
+
+    def _is_text(self, merge: list[str] | str) -> bool:
+        """Whether a merge neither takes nor makes an added token; files write it as a pair or a text."""
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        return not {left, right, left + right} & self._added.keys()
 
 
 class Stream:
@@ -278,12 +303,23 @@ class Stream:
     def _emit(self, *, last: bool) -> str:
         before = self._tokenizer.decode(self._ids[self._from : self._done])
         text = self._tokenizer.decode(self._ids[self._from :])
-        if not last and text.endswith("\ufffd"):
+        if not last and (text.endswith("\ufffd") or self._in_bytes()):
             return ""
         if len(text) <= len(before):
             return ""
         self._from, self._done = self._done, len(self._ids)
         return text[len(before) :]
+
+    def _in_bytes(self) -> bool:
+        """Whether a run of byte tokens is still open: one bad byte would change all of its text."""
+        words = (number for number in reversed(self._ids) if not self._tokenizer.is_special(number))
+        return next(words, None) in self._tokenizer.byte_ids
+
+
+def _byte_ids(described: Json) -> frozenset[int]:
+    vocabulary = described["model"]["vocab"]
+    pairs = vocabulary.items() if isinstance(vocabulary, dict) else []
+    return frozenset(number for token, number in pairs if BYTE_NAME.fullmatch(token))
 
 
 def _any_of(tokens: Sequence[str] | Mapping[str, Any]) -> re.Pattern[str] | None:

@@ -37,6 +37,18 @@ PRE_TOKENIZERS: dict[str, list[Json]] = {
     "llama-bpe": [_split(LLAMA3), BYTE_LEVEL],
     "qwen2": [_split(QWEN2), BYTE_LEVEL],
 }
+# Other names that llama.cpp gives to the same splitting.
+PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3", "falcon3"), PRE_TOKENIZERS["llama-bpe"])
+PRE_TOKENIZERS |= dict.fromkeys(("deepseek-r1-qwen", "megrez"), PRE_TOKENIZERS["qwen2"])
+PRE_TOKENIZERS |= dict.fromkeys(("starcoder", "refact", "command-r"), PRE_TOKENIZERS["smollm"])
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+
+
+def adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether plain text begins with the bos token. Where the file does not say, as llama.cpp does."""
+    default = metadata.get("tokenizer.ggml.model") == "llama"
+    default |= metadata.get("tokenizer.ggml.pre") in LLAMA3_NAMES
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", default))
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> str:
@@ -49,10 +61,17 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> str:
     if not isinstance(tokens, list) or not tokens:
         raise BaseError("the GGUF file has no vocabulary", fix="Choose a file that keeps its tokenizer.")
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    if len(types) != len(tokens) or len(scores) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise BaseError(
+            f"the GGUF file's vocabulary is damaged: {len(tokens):,} tokens ({len(set(tokens)):,} "
+            f"different), {len(types):,} types, {len(scores):,} scores",
+            fix="Download the file again.",
+        )
     if kind == "gpt2":
         built = _byte_level(metadata, tokens)
     elif kind == "llama":
-        built = _sentence_piece(metadata, tokens, types)
+        built = _sentence_piece(metadata, tokens, types, scores)
     else:
         raise BaseError(f"the vocabulary kind `{kind}` is not supported", fix="Supported: gpt2, llama.")
     added = [
@@ -61,7 +80,24 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> str:
         if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
     base: Json = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-    return json.dumps(base | {"post_processor": None} | built, ensure_ascii=False)
+    return json.dumps(base | {"post_processor": _begin(metadata, tokens)} | built, ensure_ascii=False)
+
+
+def _begin(metadata: Mapping[str, Any], tokens: list[str]) -> Json | None:
+    """What puts the bos token before a text, for other tools that read this tokenizer."""
+    number = metadata.get("tokenizer.ggml.bos_token_id")
+    if not adds_bos(metadata) or not isinstance(number, int) or not 0 <= number < len(tokens):
+        return None
+    token = tokens[number]
+    bos: Json = {"SpecialToken": {"id": token, "type_id": 0}}
+    one: Json = {"Sequence": {"id": "A", "type_id": 0}}
+    two: Json = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, one],
+        "pair": [bos, one, two],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
 
 
 def _added(number: int, token: str, *, special: bool) -> Json:
@@ -103,15 +139,17 @@ def _bpe(vocabulary: dict[str, int], merges: list[list[str]]) -> Json:
     }
 
 
-def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Json:
+def _sentence_piece(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], scores: list[float]
+) -> Json:
     """SentencePiece's BPE: it joins the pair whose result scores best, so scores give the merges."""
-    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
     vocabulary = {token: i for i, token in enumerate(tokens)}
+    words = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     merges = []
     for token, kind, score in zip(tokens, types, scores, strict=True):
         if kind == NORMAL:
             pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-            merges += [(score, pair) for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+            merges += [(score, pair) for pair in pairs if words.issuperset(pair)]
     merges.sort(key=lambda item: (item[0], len(item[1][0]), len(item[1][1])), reverse=True)
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
