@@ -47,7 +47,8 @@ class LorimerError(Exception):
             place = self.path if self.line is None else f"{self.path}:{self.line}"
             place += ": "
         fix = f"\n  {self.fix}" if self.fix else ""
-        return f"{place}{self.problem}{fix}"
+        # A name out of a damaged file may hold what no terminal can print.
+        return f"{place}{self.problem}{fix}".encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class UserError(LorimerError):

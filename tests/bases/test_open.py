@@ -158,7 +158,6 @@ def test_a_gguf_file_without_an_embedding_is_refused(tmp_path: Path) -> None:
         config_with(tmp_path, without=["token_embd"])
 
 
-@pytest.mark.xfail(strict=True, reason="bases/open.py: arithmetic errors are not caught, types not checked")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -371,7 +370,6 @@ def test_a_tokenizer_of_absurd_size_is_not_read(folder: Path) -> None:
         open_base(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="bases/open.py: raised as TypeError, ValueError or AttributeError")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -387,13 +385,11 @@ def test_json_of_the_wrong_shape_is_refused(folder: Path, name: str, value: obje
         open_base(folder).eos_token_ids()
 
 
-@pytest.mark.xfail(strict=True, reason="bases/open.py: AttributeError")
 def test_a_list_of_templates_that_are_none_is_no_template(folder: Path) -> None:
     write(folder, "tokenizer_config.json", {"chat_template": ["x"]})
     assert open_base(folder).chat_template is None
 
 
-@pytest.mark.xfail(strict=True, reason="bases/open.py takes the index first, transformers the whole file")
 def test_one_whole_file_goes_before_an_index_that_was_left_behind(folder: Path) -> None:
     write(folder, "model.safetensors.index.json", {"weight_map": {"a": "gone.safetensors"}})
     assert list(open_base(folder).tensors) == ["a"]
@@ -437,7 +433,6 @@ def test_a_fingerprint_changes_with_bytes_shape_type_or_name(folder: Path) -> No
     assert len(seen) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="bases/open.py leaves the config out of the fingerprint")
 def test_a_fingerprint_changes_with_what_the_config_computes(folder: Path) -> None:
     before = open_base(folder).fingerprint()
     write(folder, "config.json", CONFIG | {"rope_theta": 123.0})

@@ -185,7 +185,6 @@ def test_an_interrupted_pull_leaves_nothing_half_and_goes_on(
     assert pull("tiny").read_bytes() == CONTENT
 
 
-@pytest.mark.xfail(strict=True, reason="bases/pull.py renames before the bytes are on the disk")
 def test_files_are_synced_before_they_are_kept(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +206,6 @@ def test_files_are_synced_before_they_are_kept(
     assert any(event.endswith("/Tiny.gguf") for event in events[:kept])
 
 
-@pytest.mark.xfail(strict=True, reason="bases/pull.py blames the network")
 def test_an_environment_without_pip_is_told_so(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     monkeypatch.setattr(pull_module, "_pip_version", lambda: (0, 0))
@@ -304,7 +302,6 @@ def test_without_the_hub_package_the_extra_is_named(
         pull("owner/name")
 
 
-@pytest.mark.xfail(strict=True, reason="bases/pull.py keeps a hub's folder without opening it")
 @pytest.mark.parametrize("files", [{"config.json": b"{}"}, {"config.json": b"{", "model.safetensors": b""}])
 def test_what_a_hub_gives_is_kept_only_if_it_opens(
     hub: Callable[..., Any], files: dict[str, bytes]

@@ -148,7 +148,6 @@ ODD = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="RuntimeError, or decoded across rows")
 @pytest.mark.parametrize(("dtype", "size", "shape"), ODD)
 def test_bytes_that_do_not_fit_the_shape_are_refused(dtype: str, size: int, shape: tuple[int, ...]) -> None:
     with pytest.raises(BaseError, match=dtype):

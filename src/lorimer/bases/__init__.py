@@ -5,4 +5,5 @@ safetensors.py  one safetensors file
 open.py         a folder or a GGUF file as BaseFiles: config, tensors, tokenizer, template
 store.py        the bases kept on this machine
 pull.py         bringing one here
+describe.py     what a base or an adapter folder is, as plain facts
 """

@@ -130,6 +130,8 @@ class GgufFile:
         self.metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = cursor.text("a key")
+            if key in self.metadata:
+                cursor.fail(f"the key `{key}` comes twice")
             self.metadata[key] = cursor.value(cursor.number("I", key), key)
         self._places: dict[str, int] = {}
         self.tensors = self._read_infos(cursor, tensors)
@@ -169,13 +171,20 @@ class GgufFile:
                     fix="Download it again.",
                     path=self.path,
                 )
+        last = 0
+        for name in sorted(entries, key=self._places.__getitem__):
+            # One that shares bytes would let a small file fill any amount of memory.
+            if self._places[name] < last:
+                cursor.fail(f"the tensor `{name}` overlaps another")
+            last = self._places[name] + entries[name].nbytes
         return entries
 
     def _entry(self, cursor: _Cursor, name: str, storage: Storage, sizes: list[int]) -> TensorEntry:
         if any(size == 0 for size in sizes) or math.prod(sizes) > 8 * len(self._data):
             cursor.fail(f"`{name}` has the sizes {sizes}, more than the file can hold")
-        if sizes and sizes[0] % storage.elements:
-            cursor.fail(f"`{name}` has rows of {sizes[0]}, not a multiple of {storage.elements}")
+        row = sizes[0] if sizes else 1
+        if row % storage.elements:
+            cursor.fail(f"`{name}` has rows of {row}, not a multiple of {storage.elements}")
         nbytes = math.prod(sizes) // storage.elements * storage.size
         return TensorEntry(name, storage.name, tuple(reversed(sizes)), nbytes)
 

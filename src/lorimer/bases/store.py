@@ -14,6 +14,7 @@ from lorimer.errors import BaseError
 from lorimer.storage import MANIFEST, storage_errors
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)", re.ASCII)
 
 
 def home() -> Path:
@@ -40,7 +41,7 @@ def folder_of(name: str) -> Path:
 def manifest_of(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -50,7 +51,7 @@ def list_bases() -> list[dict[str, Any]]:
     root = home() / "bases"
     if not root.is_dir():
         return []
-    kept = [manifest_of(folder) for folder in sorted(root.iterdir()) if folder.is_dir()]
+    kept = [manifest_of(folder) for folder in sorted(root.iterdir()) if NAME.fullmatch(folder.name)]
     return [manifest for manifest in kept if manifest.get("name")]
 
 
@@ -63,16 +64,27 @@ def kept_path(name: str) -> Path | None:
     manifest = manifest_of(folder)
     if not manifest:
         return None
-    for file, facts in manifest.get("files", {}).items():
+    files = manifest.get("files")
+    wrong = _damage(folder, files) if isinstance(files, dict) else "its manifest lists no files"
+    if wrong or not files:
+        raise BaseError(
+            f"the kept base `{name}` is damaged: {wrong or 'its manifest lists no files'}",
+            fix=f"Run: lorimer rm {name} && lorimer pull {name}",
+            path=folder,
+        )
+    first = next(iter(files))
+    return folder / first if len(files) == 1 and first.endswith(".gguf") else folder
+
+
+def _damage(folder: Path, files: dict[str, Any]) -> str | None:
+    """What is wrong with the files of a kept base, by their names and sizes; None if nothing."""
+    for file, facts in files.items():
         path = folder / file
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            raise BaseError(
-                f"the kept base `{name}` is damaged: {file} is missing or has another size",
-                fix=f"Run: lorimer rm {name} && lorimer pull {name}",
-                path=folder,
-            )
-    files = list(manifest.get("files", {}))
-    return folder / files[0] if len(files) == 1 and files[0].endswith(".gguf") else folder
+        if Path(file).name != file or not isinstance(facts, dict):
+            return f"its manifest lists {file!r}"
+        if not path.is_file() or path.stat().st_size != facts.get("bytes"):
+            return f"{file} is missing or has another size"
+    return None
 
 
 def resolve_base(name: str | Path) -> Path:
@@ -82,14 +94,17 @@ def resolve_base(name: str | Path) -> Path:
     """
     from lorimer.bases.pull import KNOWN
 
-    path = Path(name).expanduser()
-    if path.exists():
-        return path.resolve()
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path.resolve()
+    except (OSError, RuntimeError):
+        pass  # a name too long for a file, or of a user that is not there
     kept = kept_path(str(name))
     if kept is not None:
         return kept
     names = [str(manifest["name"]) for manifest in list_bases()]
-    if str(name) in KNOWN or re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if str(name) in KNOWN or HUB_ID.fullmatch(str(name)):
         fix = f"Get it with: lorimer pull {name}"
     else:
         close = difflib.get_close_matches(str(name), [*names, *KNOWN], 1)

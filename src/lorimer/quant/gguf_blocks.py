@@ -19,6 +19,7 @@ Letters: B blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,16 +112,16 @@ def _q6_k(raw: Tensor) -> Tensor:
     return numbers
 
 
-# For each type: bytes of a block, and its decoder from [B, bytes] to [B, numbers].
-BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "Q4_0": (18, _q4_0),
-    "Q4_1": (20, _q4_1),
-    "Q5_0": (22, _q5_0),
-    "Q5_1": (24, _q5_1),
-    "Q8_0": (34, _q8_0),
-    "Q4_K": (144, _q4_k),
-    "Q5_K": (176, _q5_k),
-    "Q6_K": (210, _q6_k),
+# For each type: bytes of a block, numbers in it, and its decoder from [B, bytes] to [B, numbers].
+BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
+    "Q4_0": (18, 32, _q4_0),
+    "Q4_1": (20, 32, _q4_1),
+    "Q5_0": (22, 32, _q5_0),
+    "Q5_1": (24, 32, _q5_1),
+    "Q8_0": (34, 32, _q8_0),
+    "Q4_K": (144, 256, _q4_k),
+    "Q5_K": (176, 256, _q5_k),
+    "Q6_K": (210, 256, _q6_k),
 }
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # Blocks decoded at once: what is alive between input and output stays in the cache.
@@ -133,12 +134,20 @@ def dequantise(raw: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     Raises BaseError for a type that is not known or bytes that do not fill the shape.
     """
     if dtype in PLAIN:
+        wanted = math.prod(shape) * PLAIN[dtype].itemsize
+        if raw.nbytes != wanted:
+            raise BaseError(
+                f"{raw.nbytes:,} bytes of {dtype} do not fill {list(shape)} ({wanted:,} wanted)"
+            )
         return torch.from_numpy(raw).view(PLAIN[dtype]).view(shape).float()
     if dtype not in BLOCKS:
         raise BaseError(f"weights of the type {dtype} cannot be read", fix=f"Known: {', '.join(BLOCKS)}.")
-    size, decode = BLOCKS[dtype]
+    size, elements, decode = BLOCKS[dtype]
     if raw.nbytes % size:
         raise BaseError(f"{raw.nbytes:,} bytes are not whole {dtype} blocks of {size} bytes")
+    row = shape[-1] if shape else 1
+    if row % elements or raw.nbytes // size * elements != math.prod(shape):
+        raise BaseError(f"{raw.nbytes:,} bytes of {dtype} do not fill {list(shape)} in rows of {elements}")
     blocks = torch.from_numpy(raw).view(-1, size)
     numbers = torch.empty(shape, dtype=torch.float32)
     flat = numbers.view(blocks.shape[0], -1)
