@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
 from functools import cache
 
 # Numbers of glibc's malloc.h.
@@ -16,9 +17,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST, LARGEST_OLD = (1 << 31) - 1, 32 << 20
 
 
+# oneDNN keeps code for the last 1,024 sizes of matrix products, hundreds of KB each. A run whose packs
+# are of few sizes needs a fraction of them.
+KEPT_PRODUCTS = "128"
+
+
 @cache
 def keep_freed_memory() -> bool:
     """Ask the C library to reuse freed blocks; false where it cannot be asked (not glibc)."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_PRODUCTS)
     try:
         mallopt = ctypes.CDLL(ctypes.util.find_library("c")).mallopt
     except (OSError, AttributeError, TypeError):

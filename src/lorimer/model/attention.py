@@ -17,6 +17,8 @@ from lorimer.kernels import dispatch
 # calls win there; for long rows the padding's scores would cost more than a call.
 SHORT = 128
 PADDING_SHORT, PADDING_LONG = 1.6, 1.15
+# Grids of few sizes: the matrix library builds and keeps code for every size it meets.
+GRID_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ def group_rows(lengths: Sequence[int], device: torch.device) -> list[Group]:
 
 def _group(lengths: list[int], first: int, device: torch.device) -> Group:
     longest, total = max(lengths), sum(lengths)
+    if len(lengths) > 1:
+        longest = -(-longest // GRID_STEP) * GRID_STEP
     if min(lengths) == longest:
         return Group(first, first + total, len(lengths), longest, None, None)
     index = torch.zeros(len(lengths) * longest, dtype=torch.int64)
