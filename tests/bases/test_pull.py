@@ -208,7 +208,7 @@ def test_files_are_synced_before_they_are_kept(
 
 def test_an_environment_without_pip_is_told_so(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    monkeypatch.setattr(pull_module, "_pip_version", lambda: (0, 0))
+    monkeypatch.setattr(pull_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BaseError, match="ensurepip"):
         pull("tiny")
 

