@@ -163,30 +163,6 @@ def test_rotate_backward() -> None:
     assert difference(x.grad, wide.grad) < 1e-6
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_causal_attention_backward(window: int | None) -> None:
-    leaves = [randn(2, n, 7, 4, seed=s).requires_grad_() for n, s in ((4, 1), (2, 2), (2, 3))]
-    grad = randn(2, 4, 7, 4, seed=4)
-    dispatch.causal_attention(*leaves, 0.5, window).backward(grad)
-    wides = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    age = torch.arange(7).unsqueeze(1) - torch.arange(7)
-    seen = (age >= 0) & (age < (window or 7))
-    F.scaled_dot_product_attention(*wides, seen, scale=0.5, enable_gqa=True).backward(grad.double())
-    for leaf, wide in zip(leaves, wides, strict=True):
-        assert leaf.grad is not None
-        assert difference(leaf.grad, wide.grad) < 3e-6
-
-
-def test_gather_by_hand() -> None:
-    """Rows 0 and 1 to slots 0 and 2; slot 1 is padding and its gradient is dropped."""
-    source = torch.tensor([[1.0], [2.0]], requires_grad=True)
-    picked = dispatch.gather(source, torch.tensor([0, 0, 1]), torch.tensor([0, 2]))
-    assert picked.tolist() == [[1.0], [1.0], [2.0]]
-    picked.backward(torch.tensor([[5.0], [7.0], [11.0]]))
-    assert source.grad is not None
-    assert source.grad.tolist() == [[5.0], [11.0]]
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("head_trained", [False, True])
 def test_head_loss(smoothing: float, head_trained: bool) -> None:

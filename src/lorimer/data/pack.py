@@ -22,12 +22,13 @@ from lorimer.data.template import Example
 class Pack:
     """Some rows of one optimizer step, computed together.
 
-    ids_T        int64 token ids, row after row
-    lengths      tokens of each row
+    ids_T        int64 token ids: the shared prefix, then row after row without it
+    lengths      tokens of each row that follow the prefix
     rows         which row of the step each is
     predict_M    int64 positions whose next token is trained
     labels_M     int64 that next token
     owner_M      int64 index into `rows` for each trained position
+    prefix       first tokens that all rows share; none of them is trained
     """
 
     ids_T: Tensor
@@ -36,9 +37,16 @@ class Pack:
     predict_M: Tensor
     labels_M: Tensor
     owner_M: Tensor
+    prefix: int = 0
 
     @property
     def tokens(self) -> int:
+        """Tokens of the rows, whether or not some are shared."""
+        return self.prefix * len(self.lengths) + sum(self.lengths)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that are computed: shared ones once."""
         return int(self.ids_T.shape[0])
 
     @property
@@ -46,37 +54,70 @@ class Pack:
         return int(self.labels_M.shape[0])
 
 
-def make_pack(examples: Sequence[Example], rows: Sequence[int]) -> Pack:
+# A shorter prefix saves less than the sharing costs.
+LEAST_PREFIX = 8
+
+
+def make_pack(examples: Sequence[Example], rows: Sequence[int], *, share: bool = False) -> Pack:
     """Lay these examples one after the other. A row's first token is never predicted.
 
     Two rows [5, 6*, 7*] and [8, 9*] (* trained) give ids [8, 9, 5, 6, 7], lengths (2, 3),
-    predict [0, 2, 3], labels [9, 6, 7], owner [0, 1, 1].
+    predict [0, 2, 3], labels [9, 6, 7], owner [0, 1, 1]. With `share`, what all rows begin with is
+    laid once, up to the first token that is trained in any of them.
     """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), rows[i]))
-    ids = np.concatenate([examples[i].ids for i in order]).astype(np.int64)
-    lengths = [len(examples[i].ids) for i in order]
-    starts = np.cumsum([0, *lengths[:-1]])
-    predict, owner = [], []
+    prefix = shared_prefix(examples) if share else 0
+    parts = [examples[i].ids[prefix:] for i in order]
+    ids = np.concatenate([examples[0].ids[:prefix], *parts]).astype(np.int64)
+    starts = prefix + np.cumsum([0, *(len(part) for part in parts[:-1])])
+    predict, labels, owner = [], [], []
     for place, (i, start) in enumerate(zip(order, starts, strict=True)):
-        trained = np.flatnonzero(examples[i].trained[1:])
-        predict.append(trained + start)
+        trained = np.flatnonzero(examples[i].trained[1:]) + 1
+        before = trained - 1
+        # What predicts a row's first own token is the prefix's last.
+        predict.append(np.where(before < prefix, before, before - prefix + start))
+        labels.append(examples[i].ids[trained])
         owner.append(np.full(len(trained), place))
-    positions = np.concatenate(predict).astype(np.int64)
     return Pack(
         ids_T=torch.from_numpy(ids),
-        lengths=tuple(lengths),
+        lengths=tuple(len(part) for part in parts),
         rows=tuple(rows[i] for i in order),
-        predict_M=torch.from_numpy(positions),
-        labels_M=torch.from_numpy(ids[positions + 1]),
+        predict_M=torch.from_numpy(np.concatenate(predict).astype(np.int64)),
+        labels_M=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         owner_M=torch.from_numpy(np.concatenate(owner).astype(np.int64)),
+        prefix=prefix,
     )
 
 
-def split_into_packs(examples: Sequence[Example], most_tokens: int, *, together: bool = True) -> list[Pack]:
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """How many first tokens all examples have in common, before any token that is trained.
+
+    At least one token of each stays its own. 0 for a single example, or less than LEAST_PREFIX.
+    """
+    if len(examples) < 2:
+        return 0
+    most = min(min(_first_trained(example), len(example.ids) - 1) for example in examples)
+    first = examples[0].ids[:most]
+    for example in examples[1:]:
+        differs = np.flatnonzero(first != example.ids[: len(first)])
+        if len(differs):
+            first = first[: differs[0]]
+    return len(first) if len(first) >= LEAST_PREFIX else 0
+
+
+def _first_trained(example: Example) -> int:
+    found = np.flatnonzero(example.trained[1:]) + 1
+    return int(found[0]) if len(found) else len(example.ids)
+
+
+def split_into_packs(
+    examples: Sequence[Example], most_tokens: int, *, together: bool = True, share: bool = False
+) -> list[Pack]:
     """The rows of one step in packs of at most `most_tokens`, each row whole and in exactly one pack.
 
     First-fit decreasing; a row longer than `most_tokens` is a pack of its own. With `together`
-    false every row is a pack of its own, which gives the same losses more slowly.
+    false every row is a pack of its own, which gives the same losses more slowly; with `share` what
+    the rows of a pack begin with is computed once.
     """
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
     bins: list[list[int]] = []
@@ -90,4 +131,4 @@ def split_into_packs(examples: Sequence[Example], most_tokens: int, *, together:
         else:
             bins[fits].append(i)
             room[fits] -= size
-    return [make_pack([examples[i] for i in rows], rows) for rows in bins]
+    return [make_pack([examples[i] for i in rows], rows, share=share) for rows in bins]

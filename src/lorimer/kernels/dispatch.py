@@ -242,56 +242,6 @@ def rms_norm(hidden: Tensor, norm: Norm, norm_parameter: Tensor | None = None) -
     return result
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        output = reference.causal_attention(query, key, value, scale=scale, window=window)
-        ctx.scale, ctx.window = scale, window
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        query, key, value, output = ctx.saved_tensors
-        return (
-            *reference.causal_attention_backward(
-                grad, query, key, value, output, scale=ctx.scale, window=ctx.window
-            ),
-            None,
-            None,
-        )
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """[B, N, L, D] attention; torch's own autograd where it has fused kernels (CUDA)."""
-    if query.is_cuda:
-        return reference.causal_attention(query, key, value, scale=scale, window=window)
-    result: Tensor = _Attention.apply(query, key, value, scale, window)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Gather(torch.autograd.Function):
-    """Rows by index where every row of the source is used once and extra slots carry no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return source.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
-
-
-def gather(source: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """source[index]; `inverse` gives for each source row its slot, so the backward is a gather too."""
-    result: Tensor = _Gather.apply(source, index, inverse)  # type: ignore[no-untyped-call]
-    return result
-
-
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(

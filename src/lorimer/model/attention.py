@@ -1,17 +1,22 @@
-"""How the rows of a pack attend: each to itself only, rows of like length in one call.
+"""How the rows of a pack attend: each to what it shares and to itself, rows of like length together.
 
-Letters: T tokens, N query heads, K key/value heads, D head size.
+A pack may begin with a prefix that all its rows share. Its keys and values are computed once; in
+each row's grid it stands before the row's own tokens, so attention itself knows nothing of it. The
+gradients that the rows send back to the prefix are added up.
+
+Letters: T tokens, P shared prefix, N query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorimer.kernels import dispatch
+from lorimer.kernels import reference
 
 # A group of rows is padded to its longest: scores of short rows cost next to nothing, so fewer
 # calls win there; for long rows the padding's scores would cost more than a call.
@@ -23,7 +28,7 @@ GRID_STEP = 16
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Neighbouring rows that attend in one call; tokens first to last of the pack.
+    """Neighbouring rows that attend in one call; their own tokens are first to last of the pack.
 
     `index` picks, for each slot of the padded [rows, longest] grid, a token of the group
     (padding repeats token 0: a later position, which causal attention never shows to a real one);
@@ -34,33 +39,69 @@ class Group:
     last: int
     rows: int
     longest: int
+    prefix: int
     index: Tensor | None
     inverse: Tensor | None
 
+    def grid(self, states_TND: Tensor) -> Tensor:
+        """Tokens of the pack -> [rows, N, prefix + longest, D]."""
+        own = states_TND[self.first : self.last]
+        if self.index is not None:
+            own = own.index_select(0, self.index)
+        own = own.unflatten(0, (self.rows, self.longest))
+        if self.prefix:
+            shared = states_TND[: self.prefix].expand(self.rows, *states_TND[: self.prefix].shape)
+            own = torch.cat([shared, own], 1)
+        return own.transpose(1, 2)
 
-def group_rows(lengths: Sequence[int], device: torch.device) -> list[Group]:
-    """Split a pack's rows, in their order, into groups of like length."""
+    def own_tokens(self, grid: Tensor) -> Tensor:
+        """[rows, N, prefix + longest, D] -> the group's own tokens, in the order of the pack."""
+        own = grid.transpose(1, 2)[:, self.prefix :].flatten(0, 1)
+        return own if self.inverse is None else own.index_select(0, self.inverse)
+
+    def output_grad(self, grad_TND: Tensor, *, holds_prefix: bool) -> Tensor:
+        """The grid of an output's gradient: zeros in the padding, and in every copy of the prefix but
+        the first row's of the group that its output was taken from."""
+        tokens = grad_TND.new_zeros((self.rows, self.prefix + self.longest, *grad_TND.shape[1:]))
+        own = grad_TND[self.first : self.last]
+        if self.inverse is None:
+            tokens[:, self.prefix :] = own.unflatten(0, (self.rows, self.longest))
+        else:
+            slots = grad_TND.new_zeros((self.rows * self.longest, *grad_TND.shape[1:]))
+            slots.index_copy_(0, self.inverse, own)
+            tokens[:, self.prefix :] = slots.unflatten(0, (self.rows, self.longest))
+        if holds_prefix:
+            tokens[0, : self.prefix] = grad_TND[: self.prefix]
+        return tokens.transpose(1, 2)
+
+
+def group_rows(lengths: Sequence[int], device: torch.device, prefix: int = 0) -> list[Group]:
+    """Split a pack's rows, in their order, into groups of like length.
+
+    `lengths` count each row's own tokens, which follow the `prefix` shared ones.
+    """
     groups: list[Group] = []
     members: list[int] = []
-    start = 0
+    start = prefix
     for length in lengths:
-        longest = max([length, *members])
+        longest = prefix + max([length, *members])
         limit = PADDING_SHORT if longest <= SHORT else PADDING_LONG
-        if members and longest * (len(members) + 1) > limit * (sum(members) + length):
-            groups.append(_group(members, start, device))
+        real = prefix * (len(members) + 1) + sum(members) + length
+        if members and longest * (len(members) + 1) > limit * real:
+            groups.append(_group(members, start, prefix, device))
             start += sum(members)
             members = []
         members.append(length)
-    groups.append(_group(members, start, device))
+    groups.append(_group(members, start, prefix, device))
     return groups
 
 
-def _group(lengths: list[int], first: int, device: torch.device) -> Group:
+def _group(lengths: list[int], first: int, prefix: int, device: torch.device) -> Group:
     longest, total = max(lengths), sum(lengths)
     if len(lengths) > 1:
-        longest = -(-longest // GRID_STEP) * GRID_STEP
+        longest = -(-(prefix + longest) // GRID_STEP) * GRID_STEP - prefix
     if min(lengths) == longest:
-        return Group(first, first + total, len(lengths), longest, None, None)
+        return Group(first, first + total, len(lengths), longest, prefix, None, None)
     index = torch.zeros(len(lengths) * longest, dtype=torch.int64)
     slots = []
     start = 0
@@ -68,8 +109,8 @@ def _group(lengths: list[int], first: int, device: torch.device) -> Group:
         slots.append(torch.arange(row * longest, row * longest + length))
         index[slots[-1]] = torch.arange(start, start + length)
         start += length
-    inverse = torch.cat(slots)
-    return Group(first, first + total, len(lengths), longest, index.to(device), inverse.to(device))
+    inverse = torch.cat(slots).to(device)
+    return Group(first, first + total, len(lengths), longest, prefix, index.to(device), inverse)
 
 
 def attend(
@@ -81,37 +122,53 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Causal attention of every row of a pack to itself: [T, N * D]."""
-    outputs = []
-    for group in groups:
-        part = slice(group.first, group.last)
-        query, key, value = (_grid(states[part], group) for states in (query_TND, key_TKD, value_TKD))
-        output = dispatch.causal_attention(query, key, value, scale, window).transpose(1, 2)
-        flat = output.reshape(group.rows * group.longest, -1)
-        if group.index is not None and group.inverse is not None:
-            flat = _Scatter.apply(flat, group.index, group.inverse)  # type: ignore[no-untyped-call]
-        outputs.append(flat)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    """Causal attention of every row of a pack to its prefix and itself: [T, N * D]."""
+    result: Tensor = _PackAttention.apply(  # type: ignore[no-untyped-call]
+        query_TND, key_TKD, value_TKD, groups, scale, window
+    )
+    return result.flatten(1)
 
 
-def _grid(states_TND: Tensor, group: Group) -> Tensor:
-    """[tokens, N, D] of a group -> [rows, N, longest, D]."""
-    if group.index is not None and group.inverse is not None:
-        states_TND = dispatch.gather(states_TND, group.index, group.inverse)
-    return states_TND.view(group.rows, group.longest, *states_TND.shape[1:]).transpose(1, 2)
-
-
-class _Scatter(torch.autograd.Function):
-    """Drop the padding of a grid. Backward: zeros in the padding, so that it sends no gradient."""
+class _PackAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_TND: Tensor,
+        key_TKD: Tensor,
+        value_TKD: Tensor,
+        groups: Sequence[Group],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        output_TND = torch.empty_like(query_TND, memory_format=torch.contiguous_format)
+        for number, group in enumerate(groups):
+            grids = (group.grid(states) for states in (query_TND, key_TKD, value_TKD))
+            grid = reference.causal_attention(*grids, scale=scale, window=window)
+            output_TND[group.first : group.last] = group.own_tokens(grid)
+            if number == 0 and group.prefix:
+                # Every copy of the prefix has the same output: it sees nothing but itself.
+                output_TND[: group.prefix] = grid[0, :, : group.prefix].transpose(0, 1)
+        ctx.groups, ctx.scale, ctx.window = groups, scale, window
+        ctx.save_for_backward(query_TND, key_TKD, value_TKD, output_TND)
+        return output_TND
 
     @staticmethod
-    def forward(ctx, grid, index, inverse):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inverse)
-        ctx.slots = grid.shape[0]
-        return grid.index_select(0, inverse)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (inverse,) = ctx.saved_tensors
-        grid = grad.new_zeros((ctx.slots, *grad.shape[1:]))
-        return grid.index_copy_(0, inverse, grad), None, None
+    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Any, ...]:
+        states = ctx.saved_tensors
+        prefix = ctx.groups[0].prefix
+        grads = tuple(
+            torch.zeros_like(state, memory_format=torch.contiguous_format) for state in states[:3]
+        )
+        shared = [grad.new_zeros((prefix, *grad.shape[1:]), dtype=torch.float32) for grad in grads]
+        for number, group in enumerate(ctx.groups):
+            query, key, value, output = (group.grid(state) for state in states)
+            upper = group.output_grad(grad_TND, holds_prefix=number == 0)
+            parts = reference.causal_attention_backward(
+                upper, query, key, value, output, scale=ctx.scale, window=ctx.window
+            )
+            for grad, total, part in zip(grads, shared, parts, strict=True):
+                grad[group.first : group.last] = group.own_tokens(part)
+                total += part[:, :, :prefix].transpose(1, 2).sum(0, dtype=torch.float32)
+        for grad, total in zip(grads, shared, strict=True):
+            grad[:prefix] = total
+        return (*grads, None, None, None)

@@ -150,16 +150,19 @@ class Decoder:
         ids_T: Tensor,
         lengths: Sequence[int],
         *,
+        prefix: int = 0,
         dropouts: Dropouts | None = None,
         cache: KVCache | None = None,
         cache_rows: Sequence[int] = (),
     ) -> Tensor:
         """Hidden states [T, H] of packed rows, each from its own position 0, before the final norm.
 
-        With a cache, the keys and values of row i go to `cache_rows[i]`.
+        The first `prefix` tokens are shared by all rows and computed once; `lengths` then count the
+        tokens that follow it in each row. With a cache, which goes with no prefix, the keys and
+        values of row i go to `cache_rows[i]`.
         """
-        cos, sin = self.rope.for_rows(lengths)
-        groups = group_rows(lengths, self.device)
+        cos, sin = self.rope.for_rows(lengths, prefix)
+        groups = group_rows(lengths, self.device, prefix)
         hidden_TH = self.embed(ids_T)
         for number, layer in enumerate(self.layers):
             query, key, value = self._query_key_value(layer, hidden_TH, cos, sin, dropouts)

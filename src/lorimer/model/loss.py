@@ -19,7 +19,7 @@ SIZE_STEP = 64
 
 def _filled(pack: Pack) -> tuple[Tensor, tuple[int, ...]]:
     """The pack's ids and lengths with a filler row at the end, which nothing sees and nothing scores."""
-    missing = -pack.tokens % SIZE_STEP
+    missing = -pack.computed_tokens % SIZE_STEP
     if not missing:
         return pack.ids_T, pack.lengths
     return torch.cat([pack.ids_T, pack.ids_T.new_zeros(missing)]), (*pack.lengths, missing)
@@ -35,7 +35,7 @@ def pack_loss(
     """
     device = decoder.device
     ids_T, lengths = _filled(pack)
-    hidden_TH = decoder.hidden(ids_T.to(device), lengths, dropouts=dropouts)
+    hidden_TH = decoder.hidden(ids_T.to(device), lengths, prefix=pack.prefix, dropouts=dropouts)
     picked_MH = decoder.finish(hidden_TH.index_select(0, pack.predict_M.to(device)))
     return dispatch.head_loss(
         picked_MH, decoder.head_weight(), pack.labels_M.to(device), weight=weight, smoothing=smoothing

@@ -131,10 +131,18 @@ class RopeTables:
             self._tables = {key: kept} if self.spec.kind == "dynamic" else self._tables | {key: kept}
         return kept
 
-    def for_rows(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, F] for rows packed one after the other, each from position 0."""
-        parts = [tuple(t[:n] for t in self._table(n)) for n in lengths]
+    def for_rows(self, lengths: Sequence[int], prefix: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, F] for rows packed one after the other, each from position 0.
+
+        With a `prefix`, its positions come first, and each row goes on where it ends.
+        """
+        parts = [tuple(t[:prefix] for t in self._table(prefix))] if prefix else []
+        parts += [tuple(t[prefix : prefix + n] for t in self._table(prefix + n)) for n in lengths]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def shareable(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of these lengths turn alike, so that a common prefix is the same in all."""
+        return len({self._key(length) for length in lengths}) == 1
 
     def at(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """cos and sin [T, F] for single tokens at these positions, each the newest of its row."""

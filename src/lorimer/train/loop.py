@@ -21,7 +21,7 @@ from lorimer.bases.open import open_base
 from lorimer.bases.store import resolve_base
 from lorimer.config import RunConfig, dump_yaml, read_config
 from lorimer.data.batch import StepStream
-from lorimer.data.pack import Pack, split_into_packs
+from lorimer.data.pack import Pack, shared_prefix, split_into_packs
 from lorimer.data.prepare import Prepared, prepare
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.data.tokenizer import Tokenizer
@@ -209,7 +209,8 @@ class Session:
         rate = self.adapter.spec.dropout
         self.dropout = LoraDropout(rate, config.train.seed, *self.place[::-1]) if rate else None
         self.progress = Progress(data_hash=self.data.train_hash(), base_fingerprint=self.base.fingerprint())
-        self.valid_packs = split_into_packs(self.data.valid, MICRO_BATCH_TOKENS) if self.data.valid else []
+        self.shares = self._may_share()
+        self.valid_packs = split_into_packs(self.data.valid, MICRO_BATCH_TOKENS, share=self.shares)
         self.exhausted = False
         self.last: StepResult | None = None
         self.valid_loss: float | None = None
@@ -262,6 +263,16 @@ class Session:
         self.model.adapter = self.adapter
         if not self.adapter.parameters:
             raise AdapterError("the adapter has nothing to train")
+
+    def _may_share(self) -> bool:
+        """Whether a prefix that rows have in common may be computed once: each row's dropout is its
+        own, and with some rope scalings a long row turns its prefix otherwise than a short one."""
+        lengths = [len(example.ids) for example in self.data.train + self.data.valid]
+        if not self.model.decoder.rope.shareable(lengths):
+            return False
+        if self.dropout and shared_prefix(self.data.train):
+            self.data.notes.append("the rows' common prefix is not shared, because `lora.dropout` is on")
+        return self.dropout is None
 
     def _choose_micro_batch(self) -> int:
         """As many tokens at once as half of the free memory holds, up to MICRO_BATCH_TOKENS.
@@ -328,6 +339,7 @@ class Session:
             "rows": len(self.data.train),
             "tokens": self.data.tokens,
             "trained_tokens": self.data.trained_tokens,
+            "shared_prefix": shared_prefix(self.data.train) if self.shares else 0,
             "valid_rows": len(self.data.valid),
             "test_rows": len(self.data.test),
             "steps": total,
@@ -366,7 +378,9 @@ class Session:
         began = time.perf_counter()
         rows = self.stream.step_rows(step)
         examples = [self.data.train[row] for row in rows]
-        packs = split_into_packs(examples, self.micro_batch_tokens, together=self.config.data.pack)
+        packs = split_into_packs(
+            examples, self.micro_batch_tokens, together=self.config.data.pack, share=self.shares
+        )
         rate = learning_rate(self.config.train, step, self.stream.total_steps)
         self.last = train_step(
             self.model.decoder,
