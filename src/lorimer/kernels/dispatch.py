@@ -19,7 +19,10 @@ from lorimer.kernels import reference
 
 
 class Frozen(Protocol):
-    """A weight that never changes: the two products that training needs of it."""
+    """A weight that never changes: the two products that training needs of it, in one type."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor: ...
 

@@ -77,7 +77,7 @@ class Adapter:
         adapted = group.adapted
         assert adapted is not None
         if adapted.biases:
-            adapted.linear.bias_O = torch.cat(adapted.biases).to(group_dtype(group))
+            adapted.linear.bias_O = torch.cat(adapted.biases).to(group.linear.weight.dtype)
         low_rank = adapted.linear.low_rank
         if low_rank is None:
             return
@@ -89,12 +89,6 @@ class Adapter:
         """The buffer in two: matrices, which weight decay applies to, then biases and norms."""
         matrices = sum({t.data_ptr(): t.numel() for t in self.tensors.values() if t.dim() > 1}.values())
         return _leaf(self.flat, 0, (matrices,)), _leaf(self.flat, matrices, (self.parameters - matrices,))
-
-
-def group_dtype(group: Projections) -> torch.dtype:
-    """The type a group computes in."""
-    weight: Tensor = group.linear.weight.weight_OI  # type: ignore[attr-defined]
-    return weight.dtype
 
 
 def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed: int = 0) -> Adapter:
@@ -257,7 +251,7 @@ def _attach_factors(group: Projections, members: list[Target], adapter: Adapter,
     downs = [adapter.tensors[f"{target.path}.lora_A.weight"] for target in members]
     ups = [adapter.tensors[f"{target.path}.lora_B.weight"] for target in members]
     adapted.factors = (_neighbours(downs, adapter), *ups)
-    dtype, device = group_dtype(group), adapter.flat.device
+    dtype, device = group.linear.weight.dtype, adapter.flat.device
     adapted.linear.low_rank = LowRank(
         down_RI=torch.empty((sum(ranks), group.inputs), dtype=dtype, device=device),
         up_OR=torch.zeros((sum(group.rows), sum(ranks)), dtype=dtype, device=device),

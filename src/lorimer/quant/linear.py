@@ -23,6 +23,11 @@ class FrozenLinear(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of inputs and outputs, whatever the storage."""
+        ...
+
     def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor:
         """input @ W^T, plus `onto_TO` if given: [T, O]."""
         ...
@@ -54,6 +59,10 @@ class DenseLinear:
     @property
     def nbytes(self) -> int:
         return self.weight_OI.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_OI.dtype
 
     def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor:
         if onto_TO is None:
