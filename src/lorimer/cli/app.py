@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorimer.errors import LorimerError, UserError
+from lorimer.errors import Interrupted, LorimerError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,8 @@ def _fail(message: str, code: int) -> int:
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     word = "\033[1;31merror:\033[0m" if colour else "error:"
     sys.stdout.flush()
-    print(f"{word} {message}", file=sys.stderr)
+    # Ctrl-C was asked for, so it is no error.
+    print(message if code == Interrupted.exit_code else f"{word} {message}", file=sys.stderr)
     return code
 
 
