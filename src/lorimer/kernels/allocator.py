@@ -1,7 +1,7 @@
 """Keep freed memory in the process instead of giving it back after every operation.
 
 By default glibc returns large blocks to the system at once, and each new one then costs a page
-fault for every 4 KiB: on CPUs that took a third of a training step. Peak memory stays the same.
+fault for every 4 KiB: widening 25 MB of logits took 33 ms and more in place of 3 to 8 ms.
 """
 
 from __future__ import annotations
