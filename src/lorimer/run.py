@@ -8,6 +8,7 @@ samples.jsonl   held-out answers before and after
 eval/           before.json, after.json
 checkpoints/    step-000100/ and so on
 adapter/        the best adapter
+report.html     all of it on one page
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class RunFolder:
     @property
     def eval(self) -> Path:
         return self.path / "eval"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def checkpoints(self) -> Path:

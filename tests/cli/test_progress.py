@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lorimer.cli import progress
-from lorimer.cli.progress import Live, Plain, duration, facts, next_commands, open_progress
+from lorimer.cli.progress import Live, Plain, open_progress
+from lorimer.evaluate.facts import duration, facts, next_commands
 
 INFO: dict[str, Any] = {
     "run": "runs/home", "base": "smollm2-135m", "architecture": "llama", "base_parameters": 134_515_008,
@@ -154,14 +155,23 @@ def test_only_a_terminal_gets_the_live_table(
 def test_the_next_commands_are_of_this_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     change: Any = {"prompt": "what's on?"}
-    commands = next_commands(result(tmp_path / "my runs" / "home", comparison=object()), [change])
+    path = tmp_path / "my runs" / "home"
+    commands = next_commands(path, [change], proved=True)
     assert commands == [
         "lorimer chat 'my runs/home'",
         """lorimer generate 'my runs/home' 'what'"'"'s on?'""",
         "lorimer eval 'my runs/home'",
         "lorimer merge 'my runs/home' --out 'my runs/home-merged'",
+        "vllm serve 'my runs/home-merged'  # after merge, where vLLM is installed",
+        "transformers serve 'my runs/home-merged'  # after merge, with transformers[serving]",
     ]
-    assert not any("eval" in command for command in next_commands(result(tmp_path / "r"), []))
+    assert not any("eval" in command for command in next_commands(path, [], proved=False))
+
+
+@pytest.mark.parametrize("prompt", ["two\nlines", "long " * 20, "\x1b[31mred", ""])
+def test_a_prompt_that_cannot_be_typed_is_no_example(tmp_path: Path, prompt: str) -> None:
+    change: Any = {"prompt": prompt}
+    assert next_commands(tmp_path, [change], proved=True)[1].endswith(" Hello")
 
 
 def test_changed_answers_come_from_the_run(tmp_path: Path) -> None:

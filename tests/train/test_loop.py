@@ -22,6 +22,7 @@ from lorimer.errors import (
 )
 from lorimer.generate.model import load
 from lorimer.lora.adapter import read_adapter
+from lorimer.train import loop as loop_module
 from lorimer.train import step as step_module
 from lorimer.train.loop import train
 from lorimer.train.metrics import Silent
@@ -74,7 +75,8 @@ def weights(run: Path) -> str:
 def test_a_run_leaves_what_its_folder_promises(settings: dict[str, Any]) -> None:
     result = train(config(settings, output__save_every="epoch"))
     names = {path.name for path in result.path.iterdir()}
-    assert names >= {"config.yaml", "run.json", "metrics.jsonl", "adapter", "checkpoints"}
+    assert names >= {"config.yaml", "run.json", "metrics.jsonl", "adapter", "checkpoints", "report.html"}
+    assert "8 steps in" in (result.path / "report.html").read_text(encoding="utf-8")
     assert (result.path.parent / "last").resolve() == result.path.resolve()
     record = json.loads((result.path / "run.json").read_text())
     assert record["status"] == "finished"
@@ -114,6 +116,18 @@ def test_the_same_settings_give_the_same_bytes(settings: dict[str, Any]) -> None
     assert weights(train(config(settings)).path) == weights(train(config(settings)).path)
 
 
+def test_a_run_without_room_for_its_report_is_a_finished_run(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(run: object) -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(loop_module, "write_report", full)
+    result = train(config(settings, train__max_steps=1))
+    assert json.loads((result.path / "run.json").read_text())["status"] == "finished"
+    assert "no report.html: no space left" in (result.path / "train.log").read_text()
+
+
 class StopAfter(Silent):
     """Presses Ctrl-C once a step is done."""
 
@@ -141,7 +155,9 @@ def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bytes(
     cut = tmp_path / "runs/cut"
     assert json.loads((cut / "run.json").read_text())["status"] == "interrupted"
     assert len(losses(cut)) == stop
+    assert f"interrupted after step {stop} of 8" in (cut / "report.html").read_text(encoding="utf-8")
     train(None, resume=cut)
+    assert "interrupted after" not in (cut / "report.html").read_text(encoding="utf-8")
     assert [x.hex() for x in losses(cut)] == [x.hex() for x in losses(whole)]
     assert weights(cut) == weights(whole)
 

@@ -27,8 +27,8 @@ def merge(
 
     The update is added in fp32 and cast once.
     """
-    from lorimer.cli.progress import short_path
     from lorimer.errors import AdapterError
+    from lorimer.evaluate.facts import short_path
     from lorimer.generate.model import load
     from lorimer.lora.merge import merge as write_merged
 

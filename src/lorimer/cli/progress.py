@@ -6,17 +6,15 @@ differ only in how they show it.
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lorimer.evaluate.facts import GIB, duration, facts, next_commands, short_path
 from lorimer.run import RunFolder
 
 if TYPE_CHECKING:
@@ -24,10 +22,8 @@ if TYPE_CHECKING:
     from rich.live import Live as RichLive
     from rich.text import Text
 
-    from lorimer.evaluate.run import Change
     from lorimer.train.loop import RunResult
 
-GIB = 1024**3
 SHOWN_STEPS = 8  # in the live table
 # Steps that the time to go is judged by: enough to even out rows of different lengths.
 TIMED_STEPS = 20
@@ -117,15 +113,17 @@ class Plain:
         self.write(text)
 
     def finished(self, result: RunResult) -> None:
+        from lorimer.evaluate.report import read_changes
         from lorimer.evaluate.show import answers_text, comparison_text
 
+        run = RunFolder(result.path)
         self.write(finished_line(result))
         if result.comparison is not None:
             self.write("\n" + comparison_text(result.comparison))
-        if changes := read_changes(result):
+        if changes := read_changes(run):
             self.write("\n" + answers_text(changes))
         self.write("\nnext")
-        for command in next_commands(result, changes):
+        for command in next_commands(run.path, changes, proved=result.comparison is not None):
             self.write(f"  {command}")
 
 
@@ -192,19 +190,21 @@ class Live(Plain):
         from rich.rule import Rule
         from rich.text import Text
 
+        from lorimer.evaluate.report import read_changes
         from lorimer.evaluate.show import answers_text, comparison_table
 
         self._stop()
+        run = RunFolder(result.path)
         self.write(finished_line(result))
         if result.comparison is not None:
             self.console.print(Rule("before and after, on held-out rows", align="left"))
             self.console.print(comparison_table(result.comparison))
-        changes = read_changes(result)
+        changes = read_changes(run)
         if changes:
             self.console.print(Rule("answers that changed", align="left"))
             self.write(answers_text(changes))
         self.console.print(Rule("next", align="left"))
-        for command in next_commands(result, changes):
+        for command in next_commands(run.path, changes, proved=result.comparison is not None):
             self.console.print(Text(f"  {command}", style="bold"), soft_wrap=True)
 
     def _picture(self) -> RenderableType:
@@ -249,34 +249,6 @@ def _cells(record: dict[str, Any], before: float | None) -> list[str | Text]:
 # --- what is said -----------------------------------------------------------------------------
 
 
-def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
-    """The start panel: name and text of each line."""
-    share = info["trained_tokens"] / max(1, info["tokens"])
-    others = [f"{info[f'{name}_rows']:,} {name}" for name in ("valid", "test") if info[f"{name}_rows"]]
-    rows = f"{info['rows']:,} rows" + (f" (and {', '.join(others)})" if others else "")
-    threads = f", {info['threads']} threads" if info["device"] == "cpu" else ""
-    steps = f"{info['steps']:,} steps of {info['batch_size']} rows"
-    if info["first_step"]:
-        steps += f", from step {info['first_step'] + 1}"
-    rate = f"{info['lr_scheduler']}, {info['learning_rate']:g}, {info['warmup_steps']} steps of warm-up"
-    tokens = f"{info['tokens']:,} tokens, {info['trained_tokens']:,} trained ({share:.0%})"
-    return [
-        ("base", f"{info['base']} ({info['architecture']}, {info['base_parameters'] / 1e6:,.0f} M)"),
-        (
-            "machine",
-            f"{info['device']}, {info['dtype']}{threads}, {info['micro_batch_tokens']:,} tokens at once",
-        ),
-        ("method", f"LoRA r={info['r']} alpha={info['alpha']:g}: {info['targets']}"),
-        ("", info["trainable"]),
-        ("data", rows),
-        ("", tokens),
-        ("", f"chat template: {info['template']}"),
-        ("schedule", steps),
-        ("", rate),
-        ("run", short_path(Path(info["run"]))),
-    ]
-
-
 def step_line(record: dict[str, Any], clock: Clock) -> str:
     width = len(str(clock.total))
     to_go = "" if clock.to_go is None or clock.done >= clock.total else f"  {duration(clock.to_go)} to go"
@@ -293,42 +265,10 @@ def evaluation_line(record: dict[str, Any]) -> str:
 
 
 def finished_line(result: RunResult) -> str:
-    seconds = RunFolder(result.path).read_record().get("train_seconds")
+    run = RunFolder(result.path)
+    seconds = run.read_record().get("train_seconds")
     took = f" in {duration(seconds)}" if seconds else ""
-    return f"trained {result.steps:,} steps{took}; adapter: {short_path(result.adapter)}"
-
-
-def read_changes(result: RunResult) -> list[Change]:
-    """The answers that the run kept in samples.jsonl."""
-    path = RunFolder(result.path).samples
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def next_commands(result: RunResult, changes: Sequence[Change]) -> list[str]:
-    """What to do with the adapter, as commands that run as they are."""
-    run = shlex.quote(short_path(result.path))
-    example = changes[0]["prompt"] if changes else "Hello"
-    if len(example) > 60 or "\n" in example:
-        example = "Hello"
-    commands = [f"lorimer chat {run}", f"lorimer generate {run} {shlex.quote(example)}"]
-    if result.comparison is not None:
-        commands.append(f"lorimer eval {run}")
-    return [*commands, f"lorimer merge {run} --out {shlex.quote(short_path(result.path) + '-merged')}"]
-
-
-def short_path(path: Path) -> str:
-    """The path from here where that is shorter, so that it can be typed."""
-    relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path)
-
-
-def duration(seconds: float) -> str:
-    """45 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    lines = [f"trained {result.steps:,} steps{took}", f"adapter: {short_path(result.adapter)}"]
+    if run.report.is_file():
+        lines.append(f"report: {short_path(run.report)}")
+    return "\n".join(lines)

@@ -28,7 +28,7 @@ def scores_text(scores: Scores) -> str:
     lines = [f"{len(scores.rows):,} rows, {scores.answered:,} answered", ""]
     for name, value in scores.metrics.items():
         metric = METRICS[name]
-        lines.append(f"{name:<15}{_value(metric, value):>10}  {metric.text}")
+        lines.append(f"{name:<15}{value_text(metric, value):>10}  {metric.text}")
     return "\n".join(lines)
 
 
@@ -36,12 +36,12 @@ def comparison_text(comparison: Comparison) -> str:
     """Before, after, difference and interval of each metric; then what is clear and what is not."""
     lines = [f"{'':<14}{'before':>9}{'after':>9}{'change':>9}  95 % interval"]
     for item in comparison.differences:
-        values = f"{_value(item.metric, item.before):>9}{_value(item.metric, item.after):>9}"
+        values = f"{value_text(item.metric, item.before):>9}{value_text(item.metric, item.after):>9}"
         lines.append(
-            f"{item.name:<14}{values}{_change(item.metric, item.difference):>9}  {_interval(item)}"
+            f"{item.name:<14}{values}{change_text(item.metric, item.difference):>9}  {interval_text(item)}"
         )
     lines.append("")
-    for text in (*_sentences(comparison), *comparison.notes):
+    for text in (*sentences(comparison), *comparison.notes):
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     return "\n".join(lines)
 
@@ -51,7 +51,7 @@ def comparison_table(comparison: Comparison) -> Table:
     from rich.table import Table
 
     table = Table(
-        box=None, pad_edge=False, caption="\n".join(_sentences(comparison)), caption_justify="left"
+        box=None, pad_edge=False, caption="\n".join(sentences(comparison)), caption_justify="left"
     )
     table.add_column("")
     for title in ("before", "after", "change", "95 % interval", "won/lost/tied"):
@@ -60,10 +60,10 @@ def comparison_table(comparison: Comparison) -> Table:
         style = ("green" if item.better else "red") if item.clear else None
         table.add_row(
             item.name,
-            _value(item.metric, item.before),
-            _value(item.metric, item.after),
-            _change(item.metric, item.difference),
-            _interval(item),
+            value_text(item.metric, item.before),
+            value_text(item.metric, item.after),
+            change_text(item.metric, item.difference),
+            interval_text(item),
             f"{item.won}/{item.lost}/{item.tied}",
             style=style,
         )
@@ -108,13 +108,15 @@ def _labelled(name: str, text: str, *, keep_end: bool) -> list[str]:
     )
 
 
-def _sentences(comparison: Comparison) -> list[str]:
+def sentences(comparison: Comparison) -> list[str]:
+    """What is clear of the metrics that matter most, and how to read the others."""
     shown = [item for item in comparison.differences if item.name in HEADLINES]
     sentences = [item.sentence() for item in shown or comparison.differences[:1]]
     return [*sentences, CORPUS_NOTE] if "bleu" in comparison else sentences
 
 
-def _value(metric: Metric, value: float) -> str:
+def value_text(metric: Metric, value: float) -> str:
+    """A score in its metric's unit."""
     if metric.unit == "fraction":
         return f"{100 * value:.1f} %"
     if metric.unit == "points":
@@ -122,7 +124,7 @@ def _value(metric: Metric, value: float) -> str:
     return f"{value:.4f}" if metric.unit == "nats" else f"{value:.4g}"
 
 
-def _change(metric: Metric, value: float) -> str:
+def change_text(metric: Metric, value: float) -> str:
     """A difference; that of a fraction in percentage points."""
     if metric.unit == "fraction":
         return f"{100 * value:+.1f}"
@@ -131,5 +133,6 @@ def _change(metric: Metric, value: float) -> str:
     return f"{value:+.3f}" if metric.unit == "nats" else f"{value:+.3g}"
 
 
-def _interval(item: Difference) -> str:
-    return f"[{_change(item.metric, item.low)}, {_change(item.metric, item.high)}]"
+def interval_text(item: Difference) -> str:
+    """The bounds of a difference, as it is written itself."""
+    return f"[{change_text(item.metric, item.low)}, {change_text(item.metric, item.high)}]"

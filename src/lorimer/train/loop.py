@@ -26,6 +26,7 @@ from lorimer.data.prepare import Prepared, prepare
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.data.tokenizer import Tokenizer
 from lorimer.errors import AdapterError, ConfigError, Interrupted, LorimerError
+from lorimer.evaluate.report import write_report
 from lorimer.evaluate.run import Comparison, Scores, changed_answers, compare_scores, evaluate_rows
 from lorimer.generate.model import Model
 from lorimer.lora.adapter import (
@@ -228,11 +229,12 @@ class Session:
         self._status: Literal["finished", "interrupted", "failed"] = "failed"
 
     def close_record(self, error: BaseException) -> None:
-        """Note in run.json how it ended; a full disk must not hide the first error."""
+        """Note in run.json and report.html how it ended; a full disk must not hide the first error."""
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         self._status = "interrupted" if stopped else "failed"
         with suppress(LorimerError):
             self.run.update_record(status=self._status, error=str(error) or type(error).__name__)
+            write_report(self.run)
 
     def close(self) -> None:
         """Close what is open; a run that failed early may have opened neither."""
@@ -522,6 +524,10 @@ class Session:
             peak_memory_bytes=peak_memory(self.place.device),
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
+        try:
+            write_report(self.run)
+        except LorimerError as error:  # the run is done without it
+            self._say(f"there is no report.html: {error}")
         self.reporter.finished(result)
         return result
 
