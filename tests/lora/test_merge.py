@@ -26,8 +26,7 @@ from tiny import (
     FP32,
     PEFT_NOISE,
     Tiny,
-    difference,
-    hf_logits,
+    apart,
     make_tiny,
     our_logits,
     random_rows,
@@ -71,11 +70,9 @@ def test_merged_equals_live(name: str, tmp_path: Path) -> None:
     family, changes, settings = CASES[name]
     tiny = make_tiny(tmp_path / "base", family, **changes)
     adapter = adapted(tiny, **settings)
-    live = our_logits(tiny.decoder, [ROW])[0]
     model = merged(tiny, adapter, tmp_path / "out")
-    assert difference(hf_logits(model, ROW), live) < 1e-5
-    again = load_decoder(open_base(tmp_path / "out"), FP32)
-    assert difference(our_logits(again, [ROW])[0], live) < 1e-5
+    assert apart(model, tiny.decoder) < 2e-6
+    assert apart(load_decoder(open_base(tmp_path / "out"), FP32), tiny.decoder) < 2e-6
     assert model.config.tie_word_embeddings is tiny.hf.config.tie_word_embeddings
 
 
@@ -102,13 +99,12 @@ def test_a_tied_pair_that_was_trained_apart_is_no_longer_tied(
                 value += 0.15 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
     peft.save_pretrained(tmp_path / "adapter")
     adapter = attach_adapter(tiny.decoder, read_adapter(tmp_path / "adapter"))
-    live = our_logits(tiny.decoder, [ROW])[0]
-    assert difference(live, hf_logits(peft, ROW)) < 1e-5
+    assert apart(tiny.decoder, peft) < 2e-6
     model = merged(tiny, adapter, tmp_path / "out")
-    assert difference(hf_logits(model, ROW), live) < 1e-5
+    assert apart(model, tiny.decoder) < 2e-6
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert written["tie_word_embeddings"] is tied_after
-    assert difference(our_logits(load_decoder(open_base(tmp_path / "out"), FP32), [ROW])[0], live) < 1e-5
+    assert apart(load_decoder(open_base(tmp_path / "out"), FP32), tiny.decoder) < 2e-6
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
@@ -117,10 +113,9 @@ def test_a_gguf_base_is_merged_into_what_its_file_says(family: str, tied: bool, 
     base = open_base(write_gguf(tmp_path / "m.gguf", tiny))
     gguf = Tiny(tmp_path, None, base, load_decoder(base, FP32))
     adapter = adapted(gguf, r=3, bias="all")
-    live = our_logits(gguf.decoder, [ROW])[0]
     model = merged(gguf, adapter, tmp_path / "out")
     assert model.config.model_type == family
-    assert difference(hf_logits(model, ROW), live) < 1e-5
+    assert apart(model, gguf.decoder) < 2e-6
 
 
 @pytest.mark.trap(53)
@@ -184,13 +179,11 @@ def test_merging_changes_neither_the_base_nor_the_live_model(tmp_path: Path) -> 
 def test_shards_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "SHARD_BYTES", 30_000)
     tiny = make_tiny(tmp_path / "base")
-    adapter = adapted(tiny, r=3)
-    live = our_logits(tiny.decoder, [ROW])[0]
-    model = merged(tiny, adapter, tmp_path / "out")
+    model = merged(tiny, adapted(tiny, r=3), tmp_path / "out")
     names = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(names) > 2
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
-    assert difference(hf_logits(model, ROW), live) < 1e-5
+    assert apart(model, tiny.decoder) < 2e-6
 
 
 def test_extra_files_and_end_tokens(tmp_path: Path) -> None:
