@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,9 @@ import pytest
 
 from lorimer.cli import progress
 from lorimer.cli.progress import Live, Plain, open_progress
+from lorimer.evaluate.compare import Pairs, compare_pairs
 from lorimer.evaluate.facts import duration, facts, next_commands
+from lorimer.evaluate.run import Comparison
 
 INFO: dict[str, Any] = {
     "run": "runs/home", "base": "smollm2-135m", "architecture": "llama", "base_parameters": 134_515_008,
@@ -126,6 +130,81 @@ def test_the_live_table_shows_brackets_as_they_are(monkeypatch: pytest.MonkeyPat
     ):
         assert part in text
     assert "[green]" not in text
+
+
+COMPARED = compare_pairs(
+    [
+        Pairs("loss", [5.8] * 12, [3.6] * 12, [20.0] * 12),
+        Pairs("json_precision", [0.0] * 12, [1.0] * 12, [1.0] * 12, 0.0, 1.0),
+        Pairs("perplexity", [5.8] * 12, [3.6] * 12, [20.0] * 12),
+    ],
+    resamples=100,
+)
+CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 10), (60, 24), (80, 24), (200, 60)])
+def test_nothing_wraps_or_is_cut_in_a_terminal_of_this_size(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    """But for commands, which are to be copied, and for the scores, which need 60 columns."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("LINES", str(height))
+    large = {"epoch": 12.34, "tokens_per_second": 12_345.0, "memory_bytes": 2**37, "grad_norm": 12.34}
+    out = Terminal()
+    with Live(out) as live:
+        live.start(INFO | {"steps": 12_345, "run": "runs/" + "x" * 90})
+        for step in range(12_300, 12_346):
+            clock.seconds += 40
+            live.step(record(step) | large | {"loss": 3 - step % 7 / 10})
+        live.proving("answering 307 held-out rows: before")
+        frame = out.getvalue().rpartition("step")[2]
+        live.finished(result(tmp_path / "run", Comparison(tuple(COMPARED), 12)))
+    lines = CODES.sub("", out.getvalue()).replace("\r", "\n").splitlines()
+    assert frame.count("\n") < height - 1
+    assert "…" not in out.getvalue()
+    for line in lines:
+        if not line.startswith(("  lorimer", "  vllm", "  transformers")):
+            assert len(line) <= max(width, 60 if "[" in line else 0), line
+    names = lines[[line.startswith(" step") for line in lines].index(True)].split()
+    assert set(names) <= set(progress.COLUMNS)
+    assert names == list(progress.COLUMNS) if width >= 60 else {"step", "loss", "lr"} <= set(names)
+    assert any("won/lost/tied" in line for line in lines) == (width >= 80)
+
+
+def test_the_live_table_is_drawn_when_there_is_news_and_not_too_often(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    with Live(out) as live:
+        live.start(INFO | {"steps": 1000})
+
+        def drawn() -> int:
+            return out.getvalue().count("tokens/s")
+
+        before = drawn()
+        for step in range(1, 101):
+            clock.seconds += 0.01
+            live.step(record(step))
+        assert 3 <= drawn() - before <= 5
+        before = drawn()
+        live.saved(Path("step-000100"), 100)
+        assert drawn() - before == 1
+        assert "saved step-000100" in out.getvalue()
+        time.sleep(0.6)  # what draws by the clock would have drawn by now
+        assert drawn() - before == 1
+
+
+def test_no_status_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    with Live(out) as live:
+        live.start(INFO)
+        live.step(record(5))
+        live.proving("answering 7 rows")
+    assert "answering 7 rows" not in out.getvalue().rpartition("tokens/s")[2]
 
 
 def test_an_error_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:

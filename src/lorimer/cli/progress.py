@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,9 +23,17 @@ if TYPE_CHECKING:
     from rich.live import Live as RichLive
     from rich.text import Text
 
+    from lorimer.evaluate.run import Comparison
     from lorimer.train.loop import RunResult
 
 SHOWN_STEPS = 8  # in the live table
+# What else the live picture needs of the screen's height: heading, bar, status and the cursor's line.
+OTHER_LINES = 4
+# The live picture is drawn when there is news, and no more often than this: drawing flickers.
+REDRAWN_SECONDS = 0.25
+# Columns of the live table and their least widths; in a narrow terminal the last of LEFT_OUT goes first.
+COLUMNS = {"step": 5, "epoch": 5, "loss": 8, "lr": 7, "norm": 5, "tokens/s": 8, "memory": 8}
+LEFT_OUT = ("lr", "tokens/s", "norm", "epoch", "memory")
 # Steps that the time to go is judged by: enough to even out rows of different lengths.
 TIMED_STEPS = 20
 # The estimate is said once, when this many steps were timed.
@@ -138,6 +147,7 @@ class Live(Plain):
         self.records: deque[dict[str, Any]] = deque(maxlen=SHOWN_STEPS)
         self.status = ""
         self.live: RichLive | None = None
+        self.drawn = 0.0
 
     def __exit__(
         self,
@@ -149,7 +159,14 @@ class Live(Plain):
 
     def _stop(self) -> None:
         if self.live is not None:
+            self.status = ""
             self.live.stop()
+
+    def _redraw(self, *, now: bool = False) -> None:
+        moment = time.monotonic()
+        if self.live is not None and (now or moment - self.drawn >= REDRAWN_SECONDS):
+            self.drawn = moment
+            self.live.refresh()
 
     def write(self, text: str) -> None:
         from rich.text import Text
@@ -172,33 +189,36 @@ class Live(Plain):
         self.console.print(
             Panel(grid, box=box.ROUNDED, title="lorimer train", title_align="left", expand=False)
         )
-        self.live = RichLive(console=self.console, get_renderable=self._picture)
+        self.live = RichLive(console=self.console, get_renderable=self._picture, auto_refresh=False)
         self.live.start()
 
     def step(self, record: dict[str, Any]) -> None:
         self.clock.tick(record["step"])
         self.records.append(record)
         self.status = ""
+        self._redraw(now=record["step"] == self.clock.total)
 
     def saved(self, path: Path, step: int) -> None:
         self.status = f"saved {path.name}"
+        self._redraw(now=True)
 
     def proving(self, text: str) -> None:
         self.status = text
+        self._redraw(now=True)
 
     def finished(self, result: RunResult) -> None:
         from rich.rule import Rule
         from rich.text import Text
 
         from lorimer.evaluate.report import read_changes
-        from lorimer.evaluate.show import answers_text, comparison_table
+        from lorimer.evaluate.show import answers_text
 
         self._stop()
         run = RunFolder(result.path)
         self.write(finished_line(result))
         if result.comparison is not None:
             self.console.print(Rule("before and after, on held-out rows", align="left"))
-            self.console.print(comparison_table(result.comparison))
+            self._compare(result.comparison)
         changes = read_changes(run)
         if changes:
             self.console.print(Rule("answers that changed", align="left"))
@@ -206,6 +226,17 @@ class Live(Plain):
         self.console.print(Rule("next", align="left"))
         for command in next_commands(run.path, changes, proved=result.comparison is not None):
             self.console.print(Text(f"  {command}", style="bold"), soft_wrap=True)
+
+    def _compare(self, comparison: Comparison) -> None:
+        """As a table where there is room for it, else as the lines that a pipe gets."""
+        from lorimer.evaluate.show import comparison_table, comparison_text
+
+        table = comparison_table(comparison)
+        anywhere = self.console.options.update(width=1000)
+        if self.console.measure(table, options=anywhere).maximum <= self.console.width:
+            self.console.print(table)
+        else:
+            self.write(comparison_text(comparison))
 
     def _picture(self) -> RenderableType:
         """What is redrawn: the last steps, and the bar with the time to go."""
@@ -215,35 +246,50 @@ class Live(Plain):
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("step", "epoch", "loss", "lr", "norm", "tokens/s", "memory"):
-            table.add_column(name, justify="right", no_wrap=True)
-        before: float | None = None
-        for record in self.records:
-            table.add_row(*_cells(record, before))
-            before = record["loss"]
+        losses = [None, *(record["loss"] for record in self.records)]
+        rows = [_cells(record, before) for record, before in zip(self.records, losses, strict=False)]
+        rows = rows[-max(1, self.console.height - OTHER_LINES) :]
+        columns = columns_for(self.console.width, rows)
+        for name in columns:
+            table.add_column(name, justify="right", no_wrap=True, min_width=COLUMNS[name])
+        for cells in rows:
+            table.add_row(*(cells[name] for name in columns))
         bar = Table.grid(padding=(0, 1))
         done, total = self.clock.done, self.clock.total
         to_go = self.clock.to_go
         left = "first step" if to_go is None else f"{duration(to_go)} to go" if done < total else "trained"
-        bar.add_row(ProgressBar(total=total, completed=done, width=30), f"{done}/{total}", left)
+        width = max(5, min(30, self.console.width - 30))
+        bar.add_row(ProgressBar(total=total, completed=done, width=width), f"{done}/{total}", left)
         return Group(table, bar, Text(self.status)) if self.status else Group(table, bar)
 
 
-def _cells(record: dict[str, Any], before: float | None) -> list[str | Text]:
+def columns_for(width: int, rows: Sequence[dict[str, str | Text]]) -> list[str]:
+    """The columns of the live table that fit, two spaces between them: as a rule all from 60 on."""
+    widths = {name: max([least, *(len(cells[name]) for cells in rows)]) for name, least in COLUMNS.items()}
+    left_out = list(LEFT_OUT)
+    columns = list(COLUMNS)
+    while left_out and sum(widths[name] + 2 for name in columns) - 2 > width:
+        columns.remove(left_out.pop())
+    return columns
+
+
+def _cells(record: dict[str, Any], before: float | None) -> dict[str, str | Text]:
     from rich.text import Text
 
     loss = Text(f"{record['loss']:.4f}")
-    if before is not None:
+    if before is None:
+        loss.append("  ")
+    else:
         loss.append(*((" ↓", "green") if record["loss"] < before else (" ↑", "red")))
-    return [
-        str(record["step"]),
-        f"{record['epoch']:.2f}",
-        loss,
-        f"{record['learning_rate']:.1e}",
-        f"{record['grad_norm']:.2f}",
-        f"{record['tokens_per_second']:,.0f}",
-        f"{record['memory_bytes'] / GIB:.1f} GiB",
-    ]
+    return {
+        "step": str(record["step"]),
+        "epoch": f"{record['epoch']:.2f}",
+        "loss": loss,
+        "lr": f"{record['learning_rate']:.1e}",
+        "norm": f"{record['grad_norm']:.2f}",
+        "tokens/s": f"{record['tokens_per_second']:,.0f}",
+        "memory": f"{record['memory_bytes'] / GIB:.1f} GiB",
+    }
 
 
 # --- what is said -----------------------------------------------------------------------------
