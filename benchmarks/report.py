@@ -1,14 +1,19 @@
-"""What was measured -> medians, ratios, and the table that is printed."""
+"""What was measured -> medians, ratios, and the tables that are printed."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+import peak as peaks
+import process
 
 if TYPE_CHECKING:
     from peers.job import Result
@@ -21,25 +26,37 @@ TOLERANCE = 0.02  # of the first step's loss
 GB = 1e9
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, peak: Mapping[str, float]) -> dict[str, Any]:
     cpu = _proc("/proc/cpuinfo")
     flags = cpu.get("flags", "").split()
-    versions = {"python": platform.python_version()}
+    versions: dict[str, Any] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "from source" if name == "lorimer" else "not installed"
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
         "flags": [flag for flag in FLAGS if flag in flags],
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": process.cores(),
         "threads": threads,
         "memory_bytes": int(_proc("/proc/meminfo").get("MemTotal", "0 kB").split()[0]) * 1024,
         "system": platform.platform(),
         "load_average_before": os.getloadavg()[0],
+        "lorimer_isa": os.environ.get("LORIMER_ISA"),
+        "commit": _commit(),
         "versions": versions,
+        "peak": dict(peak),
     }
+
+
+def _commit() -> str:
+    """The commit that is measured, with a `+` if files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(process.ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _proc(path: str) -> dict[str, str]:
@@ -52,19 +69,29 @@ def _proc(path: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def machine_text(machine: dict[str, Any]) -> str:
+def machine_text(machine: Mapping[str, Any]) -> str:
     load = machine["load_average_before"]
     busy = "  (not quiet: trust ratios only)" if load > 0.5 else ""
+    versions = [
+        f"{name} {version}" if isinstance(version, str) else f"{name} {_pairs(version)}"
+        for name, version in machine["versions"].items()
+    ]
     return "\n".join(
         [
+            f"date     {machine['date']}, lorimer at {machine['commit'] or 'an unknown commit'}",
             f"cpu      {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used",
             f"flags    {' '.join(machine['flags']) or 'none of those that matter'}",
+            peaks.text(machine["peak"]),
             f"memory   {machine['memory_bytes'] / GB:.1f} GB",
             f"load     {load:.2f} before the first round{busy}",
-            "versions " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+            "versions " + ", ".join(versions),
             "",
         ]
     )
+
+
+def _pairs(versions: Mapping[str, str]) -> str:
+    return " ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def speed(result: Result, warmup: int) -> tuple[float, float]:
@@ -74,7 +101,7 @@ def speed(result: Result, warmup: int) -> tuple[float, float]:
 
 
 def progress(outcome: Outcome, warmup: int) -> str:
-    head = f"round {outcome.round + 1}  {outcome.contestant:<12}"
+    head = f"round {outcome.round + 1}  {outcome.contestant:<14}"
     if outcome.result is None:
         return f"{head} failed, {outcome.error}"
     rows, tokens = speed(outcome.result, warmup)
@@ -130,37 +157,58 @@ def _ratios(pairs: Sequence[tuple[Outcome, Outcome]], warmup: int) -> dict[str, 
         tokens.append(ours_tokens / their_tokens)
         memory.append(ours.peak_rss_bytes / theirs.peak_rss_bytes)
     series = {"rows_ratio": rows, "tokens_ratio": tokens, "memory_ratio": memory}
-    return {key: [median(values), min(values), max(values)] for key, values in series.items()}
+    return {key: spread(values) for key, values in series.items()}
 
 
-def table(summary: dict[str, Any], settings: dict[str, Any]) -> str:
+def spread(values: Sequence[float]) -> list[float]:
+    """[median, least, most]."""
+    return [median(values), min(values), max(values)]
+
+
+def spread_text(values: Sequence[float]) -> str:
+    middle, low, high = values
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def training_table(everything: Mapping[str, Any]) -> str:
+    summary, settings = everything["summary"], everything["settings"]
     lines = [
         "",
-        f"{settings['steps']} timed steps of 16 rows after {settings['warmup']}, {settings['dtype']}, "
-        f"median of {settings['rounds']} rounds",
-        f"{'':<13}{'rows/s':>8}{'tokens/s':>10}{'peak GB':>9}{'load s':>8}{'first loss':>12}"
+        f"{settings['workload']}: {settings['about']}",
+        f"{settings['steps']} timed steps after {settings['warmup']}, {settings['dtype']}, "
+        f"{settings['threads']} threads, median of {settings['rounds']} rounds" + _isa_text(settings),
+        f"{'':<15}{'rows/s':>8}{'tokens/s':>10}{'peak GB':>9}{'load s':>8}{'first loss':>12}"
         f"{'last loss':>11}{'tokens':>8}{'trained':>9}   (tokens: first step)",
     ]
     reference = _reference_loss(summary)
     for name, facts in summary.items():
         if "rows_per_second" not in facts:
-            lines.append(f"{name:<13}failed, {facts['error']}")
+            lines.append(f"{name:<15}failed, {facts['error']}")
             continue
         lines.append(
-            f"{name:<13}{facts['rows_per_second']:>8.2f}{facts['tokens_per_second']:>10.1f}"
+            f"{name:<15}{facts['rows_per_second']:>8.2f}{facts['tokens_per_second']:>10.1f}"
             f"{facts['peak_rss_bytes'] / GB:>9.2f}{facts['load_seconds']:>8.1f}{facts['first_loss']:>12.4f}"
             f"{facts['last_loss']:>11.4f}{facts['first_step_tokens']:>8}{facts['first_step_trained_tokens']:>9}"
             + _remark(name, facts, reference)
         )
-    return "\n".join([*lines, *_ratio_lines(summary)])
+    lines += [f"{name:<15}left out: {why}" for name, why in settings["left_out"].items()]
+    return "\n".join([*lines, *_work_lines(summary), *_ratio_lines(summary)])
 
 
-def _reference_loss(summary: dict[str, Any]) -> float | None:
+def _isa_text(settings: Mapping[str, Any]) -> str:
+    if not settings["isa"] and not settings["peers_isa"]:
+        return ""
+    return (
+        f"; lorimer on {settings['isa'] or 'all'}, peers on {settings['peers_isa'] or 'all'} instructions"
+    )
+
+
+def _reference_loss(summary: Mapping[str, Any]) -> float | None:
     losses = [f["first_loss"] for n, f in summary.items() if "first_loss" in f and n not in OTHER_ROWS]
     return median(losses) if losses else None
 
 
-def _remark(name: str, facts: dict[str, Any], reference: float | None) -> str:
+def _remark(name: str, facts: Mapping[str, Any], reference: float | None) -> str:
     remark = f"   a round failed, {facts['error']}" if "error" in facts else ""
     if name in OTHER_ROWS:
         return remark + "   rows in another order: losses not comparable"
@@ -169,25 +217,35 @@ def _remark(name: str, facts: dict[str, Any], reference: float | None) -> str:
     return remark
 
 
-def _ratio_lines(summary: dict[str, Any]) -> list[str]:
+def _work_lines(summary: Mapping[str, Any]) -> list[str]:
+    found = {name: facts for name, facts in summary.items() if "gflops" in facts}
+    if not found:
+        return []
+    lines = ["", "useful GFLOP/s (what the tokens need at least), and their share of the peak"]
+    return lines + [
+        f"{name:<15}{facts['gflops']:>8.0f}{100 * facts['share_of_peak']:>8.1f} %"
+        for name, facts in found.items()
+    ]
+
+
+def _ratio_lines(summary: Mapping[str, Any]) -> list[str]:
     peers = {name: facts for name, facts in summary.items() if "rows_ratio" in facts}
     if not peers:
         return []
     lines = ["", "lorimer divided by the peer: median over the rounds (least to most)"]
+    labels = [("rows/s", "rows_ratio"), ("tokens/s", "tokens_ratio"), ("memory", "memory_ratio")]
     for name, facts in peers.items():
-        parts = [
-            f"{label} {middle:.2f} ({low:.2f} to {high:.2f})"
-            for label, key in [
-                ("rows/s", "rows_ratio"),
-                ("tokens/s", "tokens_ratio"),
-                ("memory", "memory_ratio"),
-            ]
-            for middle, low, high in [facts[key]]
-        ]
-        lines.append(f"{name:<13}" + "   ".join(parts))
-    fastest = max(peers, key=lambda name: peers[name]["rows_per_second"])
+        parts = [f"{label} {spread_text(facts[key])}" for label, key in labels]
+        lines.append(f"{name:<15}" + "   ".join(parts))
+    fastest = best_peer(summary)
     rows, memory = peers[fastest]["rows_ratio"][0], peers[fastest]["memory_ratio"][0]
     lines.append(
         f"\nfastest peer: {fastest}; lorimer trains {rows:.2f} times its rows in {memory:.2f} of its memory"
     )
     return lines
+
+
+def best_peer(summary: Mapping[str, Any], family: str = "") -> str:
+    """The peer with the most rows a second among those whose name begins so; "" if there is none."""
+    peers = [name for name, facts in summary.items() if "rows_ratio" in facts and name.startswith(family)]
+    return max(peers, key=lambda name: summary[name]["rows_per_second"], default="")

@@ -1,7 +1,9 @@
-"""lorimer's LoRA training against TRL and PEFT: same rows, same order, same steps, one machine.
+"""lorimer's LoRA training against its peers: same rows, same order, same steps, one machine.
 
-    python benchmarks/training.py                         everything, three rounds
-    python benchmarks/training.py --quick                 does it all still run?
+    python benchmarks/training.py                              chat rows, everything, three rounds
+    python benchmarks/training.py --workload packs             full packs of 2,048 tokens
+    python benchmarks/training.py --dtype fp32 --isa avx2      as on a CPU without bf16 and AVX-512
+    python benchmarks/training.py --quick                      does it all still run?
     python benchmarks/training.py --contestants lorimer peft-loop --rounds 5 --out result.json
 
 Each contestant is a fresh process in each round, and the order changes from round to round. What is
@@ -12,32 +14,44 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+import process
 import report
+import workloads
 from peers import lorimer_cli
 from peers.job import Job, Result
+from workloads import WORKLOADS, Workload
 
-HERE = Path(__file__).resolve().parent
-ROWS = HERE.parent / "src" / "lorimer" / "recipes" / "home" / "train.jsonl"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorimer-benchmarks"
 PEERS = {
     "trl-default": "peers.trl_sft",
     "trl-tuned": "peers.trl_sft",
     "trl-packed": "peers.trl_sft",
     "peft-loop": "peers.peft_loop",
+    "peft-compiled": "peers.peft_loop",
+    "torchtune": "peers.torchtune_recipe",
+    "llama-factory": "peers.llama_factory",
 }
 CONTESTANTS = ["lorimer", *PEERS]
-PULL = "from lorimer.bases.store import resolve_base; print(resolve_base('smollm2-135m'))"
+IN_FP32 = ("lorimer", "trl-default", "trl-tuned")
+# Peers that want other versions than those they are compared with have an environment of their own.
+PYTHONS = {
+    "torchtune": process.ROOT / ".venv-bench-torchtune" / "bin" / "python",
+    "llama-factory": process.ROOT / ".venv-bench-llamafactory" / "bin" / "python",
+}
+PACKAGES = {
+    "torchtune": ["torchtune", "torchao", "torch"],
+    "llama-factory": ["llamafactory", "torch", "transformers", "peft", "trl"],
+}
+R = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,167 +67,182 @@ class Outcome:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="LoRA training: lorimer against TRL and PEFT.")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
+    parser = argparse.ArgumentParser(description="LoRA training: lorimer against its peers.")
+    parser.add_argument("--workload", choices=WORKLOADS, default="home")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="the workload's if not given")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them whose time does not count")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--steps", type=int, help="timed optimizer steps")
+    parser.add_argument("--warmup", type=int, help="steps before them whose time does not count")
+    parser.add_argument("--threads", type=int, default=process.cores())
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--quick", action="store_true", help="one round of 2 timed steps after 1")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="chat rows, JSON lines with `messages`")
+    parser.add_argument("--isa", help="lorimer's process gets this as LORIMER_ISA, and its torch no more")
+    parser.add_argument("--peers-isa", choices=process.TORCH_LIMITS, help="the peers' torch gets no more")
+    parser.add_argument("--quick", action="store_true", help="one round of 1 timed step after 1")
+    parser.add_argument("--rows", type=Path, default=process.ROWS, help="chat rows, JSON lines")
     parser.add_argument(
         "--gguf", type=Path, help="SmolLM2-135M-Instruct as GGUF; the pulled one if not given"
     )
-    parser.add_argument("--cache", type=Path, default=CACHE, help="keeps the peers' Hugging Face folder")
+    parser.add_argument(
+        "--python",
+        nargs="+",
+        default=[],
+        metavar="PEER=PATH",
+        help="the interpreter of a peer's own environment",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=process.CACHE, help="keeps the peers' Hugging Face folder"
+    )
     parser.add_argument("--timeout", type=int, default=1800, help="seconds until a contestant is stopped")
     parser.add_argument("--out", type=Path, help="write everything measured as JSON")
     args = parser.parse_args()
+    workload = WORKLOADS[args.workload]
     if args.quick:
-        args.rounds, args.steps, args.warmup = 1, 2, 1
+        args.rounds, args.steps, args.warmup = 1, 1, 1
+    args.steps = workload.steps if args.steps is None else args.steps
+    args.warmup = workload.warmup if args.warmup is None else args.warmup
     if min(args.rounds, args.steps, args.warmup, args.threads) < 1:
         parser.error("--rounds, --steps, --warmup and --threads must be at least 1")
+    given = dict(pair.split("=", 1) for pair in args.python if "=" in pair)
+    if len(given) < len(args.python) or not given.keys() <= PYTHONS.keys():
+        parser.error(f"--python takes PEER=PATH for {', '.join(PYTHONS)}")
+    # Not resolved: the interpreter of an environment is a link, and its folder is what counts.
+    args.pythons = {name: str(given.get(name, path)) for name, path in PYTHONS.items()}
+    args.contestants, args.left_out = choose(args, workload)
     return args
 
 
-def find_gguf(args: argparse.Namespace) -> Path:
-    if args.gguf:
-        return args.gguf.resolve()
-    found = subprocess.run([sys.executable, "-c", PULL], capture_output=True, text=True)
-    if found.returncode:
-        raise SystemExit("the base is not here: run `lorimer pull smollm2-135m`, or give --gguf FILE")
-    return Path(found.stdout.strip().splitlines()[-1])
-
-
-def find_folder(gguf: Path, cache: Path) -> Path:
-    """The peers' base, made from the GGUF file the first time (half a minute)."""
-    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        print(f"making the peers' base in {folder}", flush=True)
-        subprocess.run(
-            [sys.executable, "-m", "peers.base", str(gguf), str(folder)],
-            check=True,
-            env=environment(1, cache),
-            stderr=subprocess.DEVNULL,
-        )
-    return folder
-
-
-def write_rows(source: Path, count: int, target: Path) -> None:
-    """The first `count` rows of a fixed permutation: every contestant reads them in this order."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    if len(lines) < count:
-        raise SystemExit(f"{source} has {len(lines)} rows; {count} are needed")
-    random.Random(0).shuffle(lines)
-    target.write_text("".join(line + "\n" for line in lines[:count]), encoding="utf-8")
-
-
-def environment(threads: int, scratch: Path) -> dict[str, str]:
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(scratch / "hf"),
+def choose(args: argparse.Namespace, workload: Workload) -> tuple[list[str], dict[str, str]]:
+    """The contestants that can run, and for each other one the reason why it cannot."""
+    wanted = args.contestants or [
+        name for name in workload.contestants if args.dtype == "bf16" or name in IN_FP32
+    ]
+    missing = {
+        name: f"no environment at {args.pythons[name]}"
+        for name in wanted
+        if name in args.pythons and not Path(args.pythons[name]).is_file()
     }
+    return [name for name in wanted if name not in missing], missing
 
 
-def run_process(command: list[str], env: dict[str, str], log: Path, timeout: int) -> tuple[int, int, str]:
-    """Exit code, peak resident memory in bytes as the kernel counted it, and what went to stdout.
-
-    The peak is that of the whole process from its start, the same number as VmHWM at its end.
-    """
-    with log.with_suffix(".out").open("w+b") as out, log.open("wb") as err:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=err)
-        timer = threading.Timer(timeout, process.kill)
-        timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        timer.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return process.returncode, usage.ru_maxrss * unit, out.read().decode("utf-8", "replace")
-
-
-def compete(name: str, number: int, job: Job, gguf: Path, timeout: int) -> Outcome:
+def compete(name: str, number: int, job: Job, gguf: Path, args: argparse.Namespace) -> Outcome:
     scratch = Path(job.scratch)
     scratch.mkdir(parents=True)
     path, log = scratch / "job.json", scratch / "log.txt"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    is_peer = name in PEERS
-    command = (
-        [sys.executable, "-m", PEERS[name], str(path)] if is_peer else lorimer_cli.command(job, str(gguf))
-    )
+    if name == "lorimer":
+        command = lorimer_cli.command(job, str(gguf))
+    else:
+        command = [args.pythons.get(name, sys.executable), "-m", PEERS[name], str(path)]
+    isa = args.isa if name == "lorimer" else args.peers_isa
+    env = process.environment(job.threads, scratch, isa=isa, lorimer=name == "lorimer")
+    if name in PYTHONS:
+        env["PYTHONPATH"] = str(process.HERE)
     started = time.perf_counter()
-    code, peak, out = run_process(command, environment(job.threads, scratch), log, timeout)
+    code, peak, out = process.run_process(command, env, log, args.timeout)
     wall = time.perf_counter() - started
     result, error = None, None
     if code:
-        error = last_line(log) or last_line(log.with_suffix(".out")) or "no message"
-        error = f"stopped by signal {-code}: {error}" if code < 0 else f"exit {code}: {error}"
+        error = process.reason(code, log)
     else:
         try:
-            result = (
-                Result(**json.loads(out.splitlines()[-1])) if is_peer else lorimer_cli.result(job, wall)
-            )
+            result = lorimer_cli.result(job, wall) if name == "lorimer" else _printed(out)
         except (OSError, ValueError, LookupError, TypeError) as wrong:
             error = f"done, but its result cannot be read: {wrong!r}"
     return Outcome(name, number, peak, wall, result, error)
 
 
-def last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "")
+def _printed(out: str) -> Result:
+    return Result(**json.loads(out.splitlines()[-1]))
+
+
+def make_job(name: str, args: argparse.Namespace, folder: Path, rows: Path, scratch: Path) -> Job:
+    workload = WORKLOADS[args.workload]
+    return Job(
+        variant=name,
+        folder=str(folder),
+        rows=str(rows),
+        chat=workload.chat,
+        steps=args.steps + args.warmup,
+        warmup=args.warmup,
+        batch=workload.batch,
+        micro_rows=workload.micro_rows,
+        pack_tokens=workload.pack_tokens,
+        packs=workload.packs,
+        micro_batch_tokens=workload.micro_batch_tokens,
+        threads=args.threads,
+        dtype=args.dtype,
+        r=R,
+        alpha=2 * R,
+        learning_rate=2e-4,
+        max_tokens=workload.max_tokens,
+        scratch=str(scratch),
+        started=time.time(),
+    )
+
+
+def run_rounds(args: argparse.Namespace, gguf: Path, folder: Path) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    workload = WORKLOADS[args.workload]
+    with tempfile.TemporaryDirectory(prefix="lorimer-benchmark-") as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        made = workload.rows(args.rows, tokenizer, (args.steps + args.warmup) * workload.batch)
+        rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+        for number in range(args.rounds):
+            for name in rotated(args.contestants, number):
+                job = make_job(name, args, folder, rows, Path(scratch) / f"{number}-{name}")
+                outcomes.append(compete(name, number, job, gguf, args))
+                print(report.progress(outcomes[-1], args.warmup), flush=True)
+    return outcomes
+
+
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """Each round begins with another contestant."""
+    shift = number % len(names)
+    return [*names[shift:], *names[:shift]]
+
+
+def add_work(
+    summary: dict[str, Any], folder: Path, args: argparse.Namespace, peak: dict[str, float]
+) -> None:
+    """Where every row is a full pack: the useful GFLOP/s of each contestant, and its share of the peak."""
+    workload = WORKLOADS[args.workload]
+    if workload.chat or args.dtype not in peak:
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokens = workload.pack_tokens
+    flops = workloads.useful_flops(config, tokens=tokens, trained=tokens - 1, r=R) / tokens
+    for facts in summary.values():
+        if "tokens_per_second" in facts:
+            facts["gflops"] = facts["tokens_per_second"] * flops / 1e9
+            facts["share_of_peak"] = facts["gflops"] / peak[args.dtype]
 
 
 def main() -> None:
     args = parse()
-    gguf = find_gguf(args)
-    folder = find_folder(gguf, args.cache.resolve())
-    machine = report.machine(args.threads)
+    gguf = process.find_gguf(args.gguf)
+    folder = process.find_folder(gguf, args.cache.resolve())
+    peak = process.peak(args.threads)
+    machine = report.machine(args.threads, peak)
+    for name in args.contestants:
+        if name in PACKAGES:
+            machine["versions"][f"({name})"] = process.versions(args.pythons[name], PACKAGES[name])
     print(report.machine_text(machine), flush=True)
-    outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory(prefix="lorimer-benchmark-") as scratch:
-        rows = Path(scratch) / "rows.jsonl"
-        total = args.steps + args.warmup
-        write_rows(args.rows, total * 16, rows)
-        for number in range(args.rounds):
-            shift = number % len(args.contestants)
-            for name in args.contestants[shift:] + args.contestants[:shift]:
-                job = Job(
-                    variant=name,
-                    folder=str(folder),
-                    rows=str(rows),
-                    steps=total,
-                    warmup=args.warmup,
-                    batch=16,
-                    threads=args.threads,
-                    dtype=args.dtype,
-                    r=16,
-                    alpha=32,
-                    learning_rate=2e-4,
-                    max_tokens=1024,
-                    scratch=str(Path(scratch) / f"{number}-{name}"),
-                    started=time.time(),
-                )
-                outcomes.append(compete(name, number, job, gguf, args.timeout))
-                print(report.progress(outcomes[-1], args.warmup), flush=True)
-    settings: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("rounds", "steps", "warmup", "threads", "dtype", "contestants")
-    }
+    outcomes = run_rounds(args, gguf, folder)
+    names = ("workload", "rounds", "steps", "warmup", "threads", "dtype", "isa", "peers_isa", "contestants")
+    settings = {name: getattr(args, name) for name in names} | {"left_out": args.left_out}
+    settings |= {"about": WORKLOADS[args.workload].about}
     summary = report.summary(outcomes, args.warmup)
-    print(report.table(summary, settings))
-    if args.out:
-        everything = {
-            "machine": machine,
-            "settings": settings,
-            "summary": summary,
-            "outcomes": [asdict(outcome) for outcome in outcomes],
-        }
-        args.out.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    add_work(summary, folder, args, peak)
+    everything = {
+        "kind": "training",
+        "machine": machine,
+        "settings": settings,
+        "summary": summary,
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    print(report.training_table(everything))
+    process.write_json(args.out, everything)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,14 @@ class Job:
     variant: str
     folder: str  # the peers' base: a Hugging Face folder
     rows: str  # JSON lines, already in the order of training
+    chat: bool  # rows are messages whose answers are trained; else plain text, all of it trained
     steps: int  # warm-up steps included
     warmup: int  # steps whose time does not count
     batch: int  # rows per optimizer step
+    micro_rows: int  # rows that a tuned peer computes at once
+    pack_tokens: int  # size of a packing peer's packs
+    packs: int  # packs in one of its optimizer steps
+    micro_batch_tokens: int | None  # lorimer's; it chooses if None
     threads: int
     dtype: str  # bf16 | fp32
     r: int
@@ -110,9 +115,8 @@ def read_job() -> Job:
     return Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
 
 
-def read_messages(job: Job) -> list[list[dict[str, str]]]:
-    lines = Path(job.rows).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["messages"] for line in lines]
+def read_rows(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(job.rows).read_text(encoding="utf-8").splitlines()]
 
 
 def read_tokenizer(job: Job) -> PreTrainedTokenizerBase:
@@ -120,7 +124,9 @@ def read_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job.folder)
-    messages = read_messages(job)[0]
+    if not job.chat:
+        return tokenizer
+    messages = read_rows(job)[0]["messages"]
     original: Any = tokenizer.apply_chat_template(messages, tokenize=False)
     tokenizer.chat_template = MARKED_TEMPLATE
     if tokenizer.apply_chat_template(messages, tokenize=False) != original:
@@ -128,3 +134,21 @@ def read_tokenizer(job: Job) -> PreTrainedTokenizerBase:
             "the base's chat template is not SmolLM2's: its rows would differ between contestants"
         )
     return tokenizer
+
+
+def read_examples(job: Job) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of each row; what is not trained has label -100."""
+    tokenizer = read_tokenizer(job)
+    examples = []
+    for row in read_rows(job):
+        if job.chat:
+            encoded: Any = tokenizer.apply_chat_template(
+                row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+            labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+        else:
+            ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+            labels = list(ids)
+        examples.append((ids[: job.max_tokens], labels[: job.max_tokens]))
+    return examples

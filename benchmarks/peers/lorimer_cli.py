@@ -21,6 +21,7 @@ def command(job: Job, base: str) -> list[str]:
         "lora": {"r": job.r, "alpha": job.alpha, "target_modules": "all-linear"},
         "train": {
             "batch_size": job.batch,
+            "micro_batch_tokens": job.micro_batch_tokens,
             "learning_rate": job.learning_rate,
             "lr_scheduler": "constant",
             "eval_every": "never",
