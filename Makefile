@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
+NATIVE := $(wildcard src/lorimer/kernels/native/*.[ch]pp src/lorimer/kernels/native/build.py)
 
 help:
 	@echo "make quickstart  train a real model on this machine and prove it (no account, no GPU)"
@@ -34,11 +35,11 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.python
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.python
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/.python
+$(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.python
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.installed
 

@@ -305,7 +305,15 @@ class Check:
     fix: str | None = None
 
 
-def check(machine: Machine, *, home: Path, work: Path) -> list[Check]:
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The native kernels: those in use, or in words why the references run in their place."""
+
+    native: bool
+    found: str
+
+
+def check(machine: Machine, *, home: Path, work: Path, kernels: Kernels) -> list[Check]:
     """What is fine and what to fix. `home` is where bases are kept, `work` where runs are written."""
     return [
         _check_python(machine),
@@ -319,6 +327,7 @@ def check(machine: Machine, *, home: Path, work: Path) -> list[Check]:
         _check_disk(machine),
         _check_files(machine.open_files),
         _check_compiler(machine),
+        _check_kernels(kernels),
         _check_folder("bases", home, "Set LORIMER_HOME to a folder that can be written."),
         _check_folder("runs", work, "Work in a folder that can be written, or set `output.dir`."),
     ]
@@ -394,6 +403,13 @@ def _check_compiler(machine: Machine) -> Check:
     if machine.compiler:
         return Check("compiler", "ok", machine.compiler)
     return Check("compiler", "fix", "no C++ compiler", "All works without one; native kernels need it.")
+
+
+def _check_kernels(kernels: Kernels) -> Check:
+    if kernels.native:
+        return Check("kernels", "ok", kernels.found)
+    fix = "Training works on PyTorch alone, several times slower on a CPU. Install a C++ compiler, then "
+    return Check("kernels", "fix", kernels.found, fix + "run `python -m lorimer.kernels.native.build`.")
 
 
 def _check_folder(name: str, path: Path, fix: str) -> Check:

@@ -96,3 +96,23 @@ def test_the_split_is_a_function_of_the_lengths() -> None:
         for _ in range(2)
     )
     assert first == second
+
+
+def test_trimmed_rows_end_where_the_last_prediction_is_made() -> None:
+    """Row 0: token 8 predicts the trained 9, and neither 9 nor 4 is seen. Row 1 is trained at its end."""
+    rows = [
+        example([5, 8, 9, 4], [False, False, True, False]),
+        example([5, 6, 7, 1, 2], [False, False, False, False, True]),
+    ]
+    pack = make_pack(rows, [0, 1], trim=True)
+    assert pack.ids_T.tolist() == [5, 8, 5, 6, 7, 1]
+    assert (pack.lengths, pack.predict_M.tolist(), pack.labels_M.tolist()) == ((2, 4), [1, 5], [9, 2])
+    assert (pack.tokens, pack.computed_tokens) == (9, 6)
+
+
+def test_a_trimmed_row_keeps_a_token_of_its_own_behind_a_prefix() -> None:
+    shared = list(range(10, 20))
+    rows = [example([*shared, n], [False] * 10 + [True]) for n in (1, 2)]
+    pack = make_pack(rows, [0, 1], share=True, trim=True)
+    assert pack.prefix == 10
+    assert (pack.lengths, pack.predict_M.tolist(), pack.labels_M.tolist()) == ((1, 1), [9, 9], [1, 2])

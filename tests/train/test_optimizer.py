@@ -113,7 +113,7 @@ def test_a_restored_state_goes_on_bit_for_bit(tiny: Tiny, plain: bool) -> None:
         optimizer.step(0.1)
     kept = adapter.flat.detach().clone()
     state = {key: value.clone() for key, value in optimizer.state().items()}
-    assert len(state) == (3 if plain else 6)
+    assert sorted(state) == ["m", "steps", "v"]
     for step in (3, 4):
         set_gradient(adapter, step)
         optimizer.step(0.1)

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from lorimer.bases.store import home
-from lorimer.machine import Check, check, look
+from lorimer.kernels.native import library
+from lorimer.machine import Check, Kernels, check, look
 
 WIDTH = 60
 NAME = 12
@@ -28,10 +29,15 @@ def doctor(
     Ends with 1 if something stands in the way of training, else with 0.
     """
     machine = look(Path.cwd())
-    checks = check(machine, home=home(), work=Path.cwd())
+    kernels = Kernels(library.active() != library.REFERENCE, library.status())
+    checks = check(machine, home=home(), work=Path.cwd(), kernels=kernels)
     blocked = any(item.level == "block" for item in checks)
     if json:
-        facts = {"machine": machine.to_dict(), "checks": [asdict(item) for item in checks]}
+        facts = {
+            "machine": machine.to_dict(),
+            "kernels": asdict(kernels),
+            "checks": [asdict(item) for item in checks],
+        }
         typer.echo(json_text.dumps(facts | {"can_train": not blocked}, indent=2))
     else:
         typer.echo("\n".join(report(checks)))

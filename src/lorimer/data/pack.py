@@ -23,11 +23,12 @@ class Pack:
     """Some rows of one optimizer step, computed together.
 
     ids_T        int64 token ids: the shared prefix, then row after row without it
-    lengths      tokens of each row that follow the prefix
+    lengths      tokens of each row that are computed after the prefix
     rows         which row of the step each is
     predict_M    int64 positions whose next token is trained
     labels_M     int64 that next token
     owner_M      int64 index into `rows` for each trained position
+    tokens       tokens of the rows, whether they are shared, computed or not
     prefix       first tokens that all rows share; none of them is trained
     """
 
@@ -37,12 +38,8 @@ class Pack:
     predict_M: Tensor
     labels_M: Tensor
     owner_M: Tensor
+    tokens: int
     prefix: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the rows, whether or not some are shared."""
-        return self.prefix * len(self.lengths) + sum(self.lengths)
 
     @property
     def computed_tokens(self) -> int:
@@ -58,16 +55,20 @@ class Pack:
 LEAST_PREFIX = 8
 
 
-def make_pack(examples: Sequence[Example], rows: Sequence[int], *, share: bool = False) -> Pack:
+def make_pack(
+    examples: Sequence[Example], rows: Sequence[int], *, share: bool = False, trim: bool = False
+) -> Pack:
     """Lay these examples one after the other. A row's first token is never predicted.
 
     Two rows [5, 6*, 7*] and [8, 9*] (* trained) give ids [8, 9, 5, 6, 7], lengths (2, 3),
     predict [0, 2, 3], labels [9, 6, 7], owner [0, 1, 1]. With `share`, what all rows begin with is
-    laid once, up to the first token that is trained in any of them.
+    laid once, up to the first token that is trained in any of them. With `trim`, tokens from a row's
+    last trained one on are left out: nothing that is predicted sees them.
     """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), rows[i]))
     prefix = shared_prefix(examples) if share else 0
-    parts = [examples[i].ids[prefix:] for i in order]
+    ends = [_last_seen(examples[i], prefix) if trim else len(examples[i].ids) for i in order]
+    parts = [examples[i].ids[prefix:end] for i, end in zip(order, ends, strict=True)]
     ids = np.concatenate([examples[0].ids[:prefix], *parts]).astype(np.int64)
     starts = prefix + np.cumsum([0, *(len(part) for part in parts[:-1])])
     predict, labels, owner = [], [], []
@@ -85,8 +86,15 @@ def make_pack(examples: Sequence[Example], rows: Sequence[int], *, share: bool =
         predict_M=torch.from_numpy(np.concatenate(predict).astype(np.int64)),
         labels_M=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         owner_M=torch.from_numpy(np.concatenate(owner).astype(np.int64)),
+        tokens=sum(len(example.ids) for example in examples),
         prefix=prefix,
     )
+
+
+def _last_seen(example: Example, prefix: int) -> int:
+    """How many first tokens the predictions of a row see; one of its own at least."""
+    found = np.flatnonzero(example.trained[1:])
+    return max(prefix + 1, int(found[-1]) + 1 if len(found) else len(example.ids))
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
@@ -111,13 +119,18 @@ def _first_trained(example: Example) -> int:
 
 
 def split_into_packs(
-    examples: Sequence[Example], most_tokens: int, *, together: bool = True, share: bool = False
+    examples: Sequence[Example],
+    most_tokens: int,
+    *,
+    together: bool = True,
+    share: bool = False,
+    trim: bool = False,
 ) -> list[Pack]:
     """The rows of one step in packs of at most `most_tokens`, each row whole and in exactly one pack.
 
     First-fit decreasing; a row longer than `most_tokens` is a pack of its own. With `together`
     false every row is a pack of its own, which gives the same losses more slowly; with `share` what
-    the rows of a pack begin with is computed once.
+    the rows of a pack begin with is computed once, and with `trim` what nothing sees is left out.
     """
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
     bins: list[list[int]] = []
@@ -131,4 +144,4 @@ def split_into_packs(
         else:
             bins[fits].append(i)
             room[fits] -= size
-    return [make_pack([examples[i] for i in rows], rows, share=share) for rows in bins]
+    return [make_pack([examples[i] for i in rows], rows, share=share, trim=trim) for rows in bins]

@@ -167,9 +167,10 @@ class Model:
     def token_losses(self, examples: Sequence[Example]) -> list[np.ndarray[Any, Any]]:
         """Nats of each trained token of each example, in order."""
         losses: list[np.ndarray[Any, Any]] = [np.empty(0, np.float32)] * len(examples)
-        share = self.decoder.rope.shareable([len(example.ids) for example in examples])
+        rope = self.decoder.rope
+        share = rope.shareable([len(example.ids) for example in examples])
         for members in _by_tokens(examples):
-            pack = make_pack([examples[i] for i in members], members, share=share)
+            pack = make_pack([examples[i] for i in members], members, share=share, trim=rope.steady)
             values, owners = pack_losses(self.decoder, pack).cpu().numpy(), pack.owner_M.numpy()
             for place, row in enumerate(pack.rows):
                 losses[row] = values[owners == place]

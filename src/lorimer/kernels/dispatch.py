@@ -10,12 +10,17 @@ Letters: T tokens, I input features, O output features (all stacked outputs), R 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lorimer.kernels import reference
+from lorimer.kernels import elementwise_twins, products, reference
+from lorimer.kernels.native import attention as native_attention
+from lorimer.kernels.native import elementwise
+from lorimer.kernels.native.library import usable
+from lorimer.kernels.native.matmul import head_loss as native_head_loss
+from lorimer.kernels.products import LowRank
 
 
 class Frozen(Protocol):
@@ -24,24 +29,19 @@ class Frozen(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor: ...
+    def forward(
+        self,
+        input_TI: Tensor,
+        *,
+        bias_O: Tensor | None = None,
+        onto_TO: Tensor | None = None,
+        low_rank: LowRank | None = None,
+        down_TR: Tensor | None = None,
+    ) -> Tensor: ...
 
-    def input_grad(self, grad_TO: Tensor) -> Tensor: ...
-
-
-@dataclass(slots=True)
-class LowRank:
-    """Stacked LoRA factors for the outputs that share one input, ready for matrix products.
-
-    down_RI stacks the A of each adapted output. up_OR holds alpha/r * B of each on its own rows
-    and columns and zeros elsewhere, so that one product serves all outputs. Both are copies in the
-    activations' type, refreshed when the float32 parameters change. `spans` lists for each factor
-    its (first row, rows, first rank, rank) in up_OR and its scale.
-    """
-
-    down_RI: Tensor
-    up_OR: Tensor
-    spans: tuple[tuple[int, int, int, int, float], ...]
+    def input_grad(
+        self, grad_TO: Tensor, *, low_rank: LowRank | None = None, grad_down_TR: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -99,18 +99,18 @@ class _Project(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         rstd = None
+        states = input_TI
         if isinstance(before, Norm):
-            states, rstd = reference.rms_norm(input_TI, before.weight_H, before.eps)
-        else:
-            states = reference.swiglu(input_TI) if isinstance(before, Gate) else input_TI
-        output = linear.weight.forward(states, residual_TO)
-        if linear.bias_O is not None:
-            output += linear.bias_O
+            states, rstd = _pointwise(input_TI).rms_norm(input_TI, before.weight_H, before.eps)
+        elif isinstance(before, Gate):
+            states = _pointwise(input_TI).gated(input_TI, "silu")
         down = None
         if linear.low_rank is not None:
-            down = (dropout(states) if dropout else states) @ linear.low_rank.down_RI.t()
-            output.addmm_(down, linear.low_rank.up_OR.t())
-        ctx.linear, ctx.before, ctx.dropout = linear, before, dropout
+            down = products.down(dropout(states) if dropout else states, linear.low_rank)
+        output = linear.weight.forward(
+            states, bias_O=linear.bias_O, onto_TO=residual_TO, low_rank=linear.low_rank, down_TR=down
+        )
+        ctx.linear, ctx.before, ctx.dropout, ctx.factors = linear, before, dropout, factors
         ctx.save_for_backward(input_TI, rstd, down)
         return output
 
@@ -120,28 +120,27 @@ class _Project(torch.autograd.Function):
         input_TI, rstd, down = ctx.saved_tensors
         need_input, need_residual = ctx.needs_input_grad[:2]
         need_norm, need_bias = ctx.needs_input_grad[5:7]
-        grad_factors: list[Tensor] = []
-        grad_down = None
-        if low_rank is not None:
-            grad_down = grad_TO @ low_rank.up_OR
-            states = _states(before, input_TI, rstd)
+        kernels = _pointwise(input_TI)
+        grad_down = products.down_grad(grad_TO, low_rank) if low_rank is not None else None
+        grad_input = grad_norm = states = None
+        if need_input or need_norm:
+            grad_input = _states_grad(linear, grad_TO, grad_down, ctx.dropout)
+            if isinstance(before, Gate):
+                # Its own output again in the same pass: the factors' gradients need it.
+                grad_input, states = kernels.gated_backward(
+                    grad_input, input_TI, "silu", again=low_rank is not None
+                )
+        grad_factors: list[Tensor | None] = []
+        if low_rank is not None and grad_down is not None:
+            states = _states(before, input_TI, rstd) if states is None else states
             if ctx.dropout:
                 states = ctx.dropout(states)
-            grad_factors = _factor_grads(low_rank, states, down, grad_down, grad_TO)
+            grad_factors = products.factor_grads(low_rank, states, down, grad_down, grad_TO, ctx.factors)
             del states
-        grad_input = grad_norm = None
-        if need_input or need_norm:
-            grad_input = linear.weight.input_grad(grad_TO)
-            if low_rank is not None and ctx.dropout:
-                grad_input += ctx.dropout(grad_down @ low_rank.down_RI)
-            elif low_rank is not None:
-                grad_input.addmm_(grad_down, low_rank.down_RI)
-            if isinstance(before, Norm):
-                grad_input, grad_norm = reference.rms_norm_backward(
-                    grad_input, input_TI, rstd, before.weight_H, weight_grad=need_norm
-                )
-            elif isinstance(before, Gate):
-                grad_input = reference.swiglu_backward(grad_input, input_TI)
+        if grad_input is not None and isinstance(before, Norm):
+            grad_input, grad_norm = kernels.rms_norm_backward(
+                grad_input, input_TI, rstd, before.weight_H, weight_grad=need_norm
+            )
         grad_bias = grad_TO.sum(0, dtype=torch.float32) if need_bias else None
         return (
             grad_input if need_input else None,
@@ -155,23 +154,30 @@ class _Project(torch.autograd.Function):
         )
 
 
+def _pointwise(states: Tensor) -> Any:
+    """The module whose norms and gated units take these states."""
+    return elementwise if usable(states) else elementwise_twins
+
+
 def _states(before: Before, input_TI: Tensor, rstd: Tensor | None) -> Tensor:
     """What the projection saw, computed again."""
     if isinstance(before, Norm):
-        assert rstd is not None
-        return reference.rms_norm_apply(input_TI, rstd, before.weight_H)
-    return reference.swiglu(input_TI) if isinstance(before, Gate) else input_TI
+        return _pointwise(input_TI).rms_norm_apply(input_TI, rstd, before.weight_H)  # type: ignore[no-any-return]
+    if isinstance(before, Gate):
+        return _pointwise(input_TI).gated(input_TI, "silu")  # type: ignore[no-any-return]
+    return input_TI
 
 
-def _factor_grads(
-    low_rank: LowRank, states_TI: Tensor, down_TR: Tensor, grad_down_TR: Tensor, grad_TO: Tensor
-) -> list[Tensor]:
-    """Float32 gradients: of the stacked A first, then of each B."""
-    grad_up_OR = (grad_TO.t() @ down_TR).float()
-    grads = [(grad_down_TR.t() @ states_TI).float()]
-    for row, rows, rank, ranks, scale in low_rank.spans:
-        grads.append(grad_up_OR[row : row + rows, rank : rank + ranks] * scale)
-    return grads
+def _states_grad(
+    linear: Linear, grad_TO: Tensor, grad_down_TR: Tensor | None, dropout: Dropout | None
+) -> Tensor:
+    """The gradient of what the projection saw: [T, I]."""
+    low_rank = linear.low_rank
+    if low_rank is None or grad_down_TR is None or dropout is None:
+        return linear.weight.input_grad(grad_TO, low_rank=low_rank, grad_down_TR=grad_down_TR)
+    grad_TI = linear.weight.input_grad(grad_TO)
+    grad_TI += dropout(grad_down_TR @ low_rank.down_RI)
+    return grad_TI
 
 
 def project(
@@ -196,16 +202,21 @@ def project(
     return result
 
 
+def _turned(states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    rotate = elementwise.rotate if usable(states_TND) else reference.rotate
+    return rotate(states_TND, cos_TD, sin_TD)
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TD, sin_TD)
-        return reference.rotate(states_TND, cos_TD, sin_TD)
+        return _turned(states_TND, cos_TD, sin_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_TND: Tensor) -> tuple[Any, ...]:
         cos_TD, sin_TD = ctx.saved_tensors
-        return reference.rotate(grad_TND, cos_TD, -sin_TD), None, None
+        return _turned(grad_TND, cos_TD, -sin_TD), None, None
 
 
 def rotate(states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -214,12 +225,106 @@ def rotate(states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return result
 
 
+class _TurnAndAttend(torch.autograd.Function):
+    """Rotation and attention of a pack, on the stacked query, key and value where they lie."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stacked_TS: Tensor, heads: Heads, turn: Turn, rows: Rows, scale: float, window: int | None
+    ) -> Tensor:
+        # Its producer keeps nothing of this buffer, and nothing else reads it before it has turned.
+        query, key, value = heads.parts(stacked_TS.detach())
+        elementwise.rotate_in_place(query, turn.cos_TF, turn.sin_TF)
+        elementwise.rotate_in_place(key, turn.cos_TF, turn.sin_TF)
+        output, lse = native_attention.forward(
+            query, key, value, rows.offsets, rows.prefix, scale=scale, window=window
+        )
+        ctx.given = heads, turn, rows, scale, window
+        ctx.save_for_backward(stacked_TS.detach(), output, lse)
+        return output.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TA: Tensor) -> tuple[Any, ...]:
+        stacked, output, lse = ctx.saved_tensors
+        heads, turn, rows, scale, window = ctx.given
+        query, key, value = heads.parts(stacked)
+        grad = native_attention.backward(
+            grad_TA.view(output.shape),
+            query,
+            key,
+            value,
+            output,
+            lse,
+            rows.offsets,
+            rows.prefix,
+            scale=scale,
+            window=window,
+        )
+        for part in heads.parts(grad)[:2]:
+            elementwise.rotate_in_place(part, turn.cos_TF, turn.sin_TF, backward=True)
+        return grad, None, None, None, None, None
+
+
+class Heads(NamedTuple):
+    """How many query heads, key/value heads, and features of each."""
+
+    query: int
+    key_value: int
+    size: int
+
+    def parts(self, stacked_TS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [T, N, D], key and value [T, K, D] as views of the stacked outputs."""
+        sizes = (self.query * self.size, self.key_value * self.size, self.key_value * self.size)
+        counts = (self.query, self.key_value, self.key_value)
+        parts = stacked_TS.split(sizes, -1)
+        query, key, value = (
+            part.unflatten(-1, (n, self.size)) for part, n in zip(parts, counts, strict=True)
+        )
+        return query, key, value
+
+
+class Turn(NamedTuple):
+    """cos and sin [T, F] of each token's position."""
+
+    cos_TF: Tensor
+    sin_TF: Tensor
+
+
+class Rows(Protocol):
+    """The rows of a pack: `offsets` int64 [rows + 1] of their first tokens, behind a shared prefix."""
+
+    @property
+    def offsets(self) -> Tensor: ...
+
+    @property
+    def prefix(self) -> int: ...
+
+
+def attends(states: Tensor, heads: Heads) -> bool:
+    """Whether `turn_and_attend` takes these."""
+    return usable(states) and native_attention.takes(heads.size)
+
+
+def turn_and_attend(
+    stacked_TS: Tensor, heads: Heads, turn: Turn, rows: Rows, *, scale: float, window: int | None
+) -> Tensor:
+    """Rotary embedding and causal attention of every row to its prefix and itself: [T, N * D].
+
+    The stacked query and key are turned where they lie: whoever made them must not need them unturned.
+    """
+    result: Tensor = _TurnAndAttend.apply(  # type: ignore[no-untyped-call]
+        stacked_TS, heads, turn, rows, scale, window
+    )
+    return result
+
+
 class _HeadNorm(torch.autograd.Function):
     """RMSNorm over the last dimension, on its own (query and key norms, the final norm)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, norm: Norm, norm_parameter: Tensor | None) -> Tensor:
-        normed, rstd = reference.rms_norm(hidden, norm.weight_H, norm.eps)
+        normed: Tensor
+        normed, rstd = _pointwise(hidden).rms_norm(hidden, norm.weight_H, norm.eps)
         ctx.norm = norm
         ctx.save_for_backward(hidden, rstd)
         return normed
@@ -227,16 +332,10 @@ class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, rstd = ctx.saved_tensors
-        need = ctx.needs_input_grad[2]
-        flat = hidden.shape[-1]
-        grad_hidden, grad_weight = reference.rms_norm_backward(
-            grad.reshape(-1, flat),
-            hidden.reshape(-1, flat),
-            rstd.reshape(-1, 1),
-            ctx.norm.weight_H,
-            weight_grad=need,
+        grad_hidden, grad_weight = _pointwise(hidden).rms_norm_backward(
+            grad, hidden, rstd, ctx.norm.weight_H, weight_grad=ctx.needs_input_grad[2]
         )
-        return grad_hidden.view_as(hidden), None, grad_weight
+        return grad_hidden, None, grad_weight
 
 
 def rms_norm(hidden: Tensor, norm: Norm, norm_parameter: Tensor | None = None) -> Tensor:
@@ -250,14 +349,10 @@ class _Head(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_MH: Tensor, head: Tensor, labels_M: Tensor, weight: float, smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        result = reference.cross_entropy_head(
-            hidden_MH,
-            head.detach().to(hidden_MH.dtype),
-            labels_M,
-            weight=weight,
-            smoothing=smoothing,
-            need_grad=ctx.needs_input_grad[0] or ctx.needs_input_grad[1],
-            need_head_grad=ctx.needs_input_grad[1],
+        head = head.detach().to(hidden_MH.dtype)
+        need_grad, need_head_grad = ctx.needs_input_grad[:2]
+        result = _head_result(
+            hidden_MH, head, labels_M, weight, smoothing, need_grad or need_head_grad, need_head_grad
         )
         ctx.save_for_backward(result.grad_hidden_MH, result.grad_head_VH)
         ctx.mark_non_differentiable(result.losses_M)
@@ -273,6 +368,32 @@ class _Head(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _head_result(
+    hidden_MH: Tensor,
+    head_VH: Tensor,
+    labels_M: Tensor,
+    weight: float,
+    smoothing: float,
+    need_grad: bool,
+    need_head_grad: bool,
+) -> reference.HeadResult:
+    """Native for a frozen head, the reference for one that is trained."""
+    if usable(hidden_MH, head_VH) and not need_head_grad:
+        losses_M, grad_MH = native_head_loss(
+            hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+        )
+        return reference.HeadResult(losses_M, grad_MH, None)
+    return reference.cross_entropy_head(
+        hidden_MH,
+        head_VH,
+        labels_M,
+        weight=weight,
+        smoothing=smoothing,
+        need_grad=need_grad,
+        need_head_grad=need_head_grad,
+    )
 
 
 def head_loss(

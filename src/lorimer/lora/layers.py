@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorimer.errors import ConfigError
-from lorimer.kernels.dispatch import Dropout, Linear, LowRank
+from lorimer.kernels.dispatch import Dropout, Linear
+from lorimer.kernels.native.elementwise import ScaledCopies
+from lorimer.kernels.native.library import usable
+from lorimer.kernels.products import LowRank
 from lorimer.lora.targets import Target
 from lorimer.model.decoder import Adapted, Decoder, NormSlot, Projections, Table
 
@@ -62,6 +65,7 @@ class Adapter:
     flat: torch.nn.Parameter
     tensors: dict[str, Tensor]
     _groups: list[tuple[Projections, list[Target]]] = field(default_factory=list)
+    _scaled: ScaledCopies | None = None
 
     @property
     def parameters(self) -> int:
@@ -70,25 +74,38 @@ class Adapter:
     def refresh(self) -> None:
         """Bring the copies that matrix products use up to date with the parameters."""
         with torch.no_grad():
-            for group, targets in self._groups:
-                self._refresh_group(group, targets)
+            if usable(self.flat.data):
+                self._native_copies().refresh()
+            else:
+                for source, target, scale in self._copies():
+                    target.copy_(source if scale == 1.0 else source * scale)
+            for group, _ in self._groups:
+                adapted = group.adapted
+                if adapted is not None and adapted.biases:
+                    adapted.linear.bias_O = torch.cat(adapted.biases).to(group.linear.weight.dtype)
 
-    def _refresh_group(self, group: Projections, targets: list[Target]) -> None:
-        adapted = group.adapted
-        assert adapted is not None
-        if adapted.biases:
-            adapted.linear.bias_O = torch.cat(adapted.biases).to(group.linear.weight.dtype)
-        low_rank = adapted.linear.low_rank
-        if low_rank is None:
-            return
-        low_rank.down_RI.copy_(adapted.factors[0])
-        for (row, rows, rank, ranks, scale), up in zip(low_rank.spans, adapted.factors[1:], strict=True):
-            low_rank.up_OR[row : row + rows, rank : rank + ranks] = up * scale
+    def _copies(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Each factor, its place in a stacked copy, and its scale there."""
+        for group, _ in self._groups:
+            adapted = group.adapted
+            low_rank = adapted.linear.low_rank if adapted is not None else None
+            if adapted is None or low_rank is None:
+                continue
+            yield adapted.factors[0].detach(), low_rank.down_RI, 1.0
+            for (row, rows, rank, ranks, scale), up in zip(
+                low_rank.spans, adapted.factors[1:], strict=True
+            ):
+                yield up.detach(), low_rank.up_OR[row : row + rows, rank : rank + ranks], scale
 
-    def decay_parts(self) -> tuple[Tensor, Tensor]:
-        """The buffer in two: matrices, which weight decay applies to, then biases and norms."""
-        matrices = sum({t.data_ptr(): t.numel() for t in self.tensors.values() if t.dim() > 1}.values())
-        return _leaf(self.flat, 0, (matrices,)), _leaf(self.flat, matrices, (self.parameters - matrices,))
+    def _native_copies(self) -> ScaledCopies:
+        if self._scaled is None:
+            self._scaled = ScaledCopies(list(self._copies()))
+        return self._scaled
+
+    @property
+    def decaying(self) -> int:
+        """How many first numbers of the buffer decay: matrices; biases and norms follow."""
+        return sum({t.data_ptr(): t.numel() for t in self.tensors.values() if t.dim() > 1}.values())
 
 
 def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed: int = 0) -> Adapter:

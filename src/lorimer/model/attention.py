@@ -10,13 +10,15 @@ Letters: T tokens, P shared prefix, N query heads, K key/value heads, D head siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorimer.kernels import reference
+from lorimer.kernels.native import attention as native_attention
+from lorimer.kernels.native.library import usable
 
 # A group of rows is padded to its longest: scores of short rows cost next to nothing, so fewer
 # calls win there; for long rows the padding's scores would cost more than a call.
@@ -73,6 +75,26 @@ class Group:
         if holds_prefix:
             tokens[0, : self.prefix] = grad_TND[: self.prefix]
         return tokens.transpose(1, 2)
+
+
+@dataclass(slots=True)
+class PackRows:
+    """The rows of a pack as attention sees them: `lengths` tokens each, behind a shared prefix."""
+
+    lengths: Sequence[int]
+    prefix: int
+    device: torch.device
+    offsets: Tensor = field(init=False)
+    _groups: list[Group] | None = None
+
+    def __post_init__(self) -> None:
+        self.offsets = self.prefix + torch.tensor([0, *self.lengths]).cumsum(0)
+
+    @property
+    def groups(self) -> list[Group]:
+        if self._groups is None:
+            self._groups = group_rows(self.lengths, self.device, self.prefix)
+        return self._groups
 
 
 def group_rows(lengths: Sequence[int], device: torch.device, prefix: int = 0) -> list[Group]:
@@ -172,3 +194,32 @@ class _PackAttention(torch.autograd.Function):
         for grad, total in zip(grads, shared, strict=True):
             grad[:prefix] = total
         return (*grads, None, None, None)
+
+
+def attend_cache(
+    query_BND: Tensor,
+    key_BKCD: Tensor,
+    value_BKCD: Tensor,
+    lengths_B: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """One new token of each row to the first `lengths_B` places of its cache: [B, N * D]."""
+    if usable(query_BND) and native_attention.takes(query_BND.shape[-1]):
+        mixed = native_attention.decode(
+            query_BND, key_BKCD, value_BKCD, lengths_B, scale=scale, window=window
+        )
+        return mixed.flatten(1)
+    seen = int(lengths_B.max())
+    age = lengths_B.unsqueeze(1) - 1 - torch.arange(seen, device=lengths_B.device)
+    visible = age >= 0 if window is None else (age >= 0) & (age < window)
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        query_BND.unsqueeze(2),
+        key_BKCD[:, :, :seen],
+        value_BKCD[:, :, :seen],
+        visible[:, None, None],
+        scale=scale,
+        enable_gqa=True,
+    )
+    return mixed.flatten(1)

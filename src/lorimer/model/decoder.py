@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lorimer.kernels import dispatch
-from lorimer.kernels.dispatch import Before, Dropout, Gate, Linear, Norm
-from lorimer.model.attention import attend, group_rows
+from lorimer.kernels.dispatch import Before, Dropout, Gate, Heads, Linear, Norm, Turn
+from lorimer.model.attention import PackRows, attend, attend_cache
 from lorimer.model.cache import KVCache
 from lorimer.model.rope import RopeTables
 from lorimer.model.spec import ModelSpec
@@ -144,6 +144,10 @@ class Decoder:
     device: torch.device
     adapted: bool = True
     _gate: Gate = field(default_factory=Gate)
+    _heads: Heads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._heads = Heads(self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
 
     def hidden(
         self,
@@ -154,50 +158,57 @@ class Decoder:
         dropouts: Dropouts | None = None,
         cache: KVCache | None = None,
         cache_rows: Sequence[int] = (),
+        only_M: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, H] of packed rows, each from its own position 0, before the final norm.
+
+        `only_M` names the positions that are wanted: [M, H]. The last layer then computes for others no
+        more than the keys and values that these attend to.
 
         The first `prefix` tokens are shared by all rows and computed once; `lengths` then count the
         tokens that follow it in each row. With a cache, which goes with no prefix, the keys and
         values of row i go to `cache_rows[i]`.
         """
-        cos, sin = self.rope.for_rows(lengths, prefix)
-        groups = group_rows(lengths, self.device, prefix)
+        turn = Turn(*self.rope.for_rows(lengths, prefix))
+        rows = PackRows(lengths, prefix, self.device)
         hidden_TH = self.embed(ids_T)
         for number, layer in enumerate(self.layers):
-            query, key, value = self._query_key_value(layer, hidden_TH, cos, sin, dropouts)
+            stacked = self._query_key_value(layer, hidden_TH, dropouts)
+            mixed, stacked = self._attend(layer, stacked, turn, rows)
             if cache is not None:
+                _, key, value = self._heads.parts(stacked)
                 start = 0
                 for row, length in zip(cache_rows, lengths, strict=True):
                     cache.store_row(number, row, key[start : start + length], value[start : start + length])
                     start += length
-            mixed = attend(query, key, value, groups, scale=self.spec.attention_scale, window=layer.window)
+            if only_M is not None and number + 1 == len(self.layers) and dropouts is None:
+                hidden_TH, mixed = hidden_TH.index_select(0, only_M), mixed.index_select(0, only_M)
+                only_M = None
             hidden_TH = self._finish_layer(layer, hidden_TH, mixed, dropouts)
         if cache is not None:
             for row, length in zip(cache_rows, lengths, strict=True):
                 cache.lengths[row] = length
-        return hidden_TH
+        return hidden_TH if only_M is None else hidden_TH.index_select(0, only_M)
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache) -> Tensor:
         """Hidden states [B, H] of one more token for each row of the cache."""
-        cos, sin = self.rope.at(cache.lengths)
+        turn = Turn(*self.rope.at(cache.lengths))
         positions_B = torch.tensor(cache.lengths, device=self.device)
-        seen = max(cache.lengths) + 1
-        age = positions_B.unsqueeze(1) - torch.arange(seen, device=self.device)
         hidden_BH = self.embed(ids_B)
         for number, layer in enumerate(self.layers):
-            query, key, value = self._query_key_value(layer, hidden_BH, cos, sin, None)
+            stacked = self._query_key_value(layer, hidden_BH, None)
+            query, key, value = self._heads.parts(stacked)
+            query, key = dispatch.rotate(query, *turn), dispatch.rotate(key, *turn)
             cache.append(number, positions_B, key, value)
-            visible = age >= 0 if layer.window is None else (age >= 0) & (age < layer.window)
-            mixed = torch.nn.functional.scaled_dot_product_attention(
-                query.unsqueeze(2),
-                cache.keys[number][:, :, :seen],
-                cache.values[number][:, :, :seen],
-                visible[:, None, None],
+            mixed = attend_cache(
+                query,
+                cache.keys[number],
+                cache.values[number],
+                positions_B + 1,
                 scale=self.spec.attention_scale,
-                enable_gqa=True,
+                window=layer.window,
             )
-            hidden_BH = self._finish_layer(layer, hidden_BH, mixed.flatten(1), None)
+            hidden_BH = self._finish_layer(layer, hidden_BH, mixed, None)
         cache.lengths = [length + 1 for length in cache.lengths]
         return hidden_BH
 
@@ -230,9 +241,8 @@ class Decoder:
         """Everything that can be trained in full: embedding, head, norms."""
         return [self.embedding, self.head, *self.norms()]
 
-    def _query_key_value(
-        self, layer: Layer, hidden_TH: Tensor, cos: Tensor, sin: Tensor, dropouts: Dropouts | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, layer: Layer, hidden_TH: Tensor, dropouts: Dropouts | None) -> Tensor:
+        """Query, key and value of every head, stacked, not yet turned."""
         stacked = layer.qkv(
             hidden_TH,
             before=layer.attention_norm,
@@ -240,16 +250,22 @@ class Decoder:
             adapted=self.adapted,
             dropouts=dropouts,
         )
-        heads = (self.spec.heads, self.spec.kv_heads, self.spec.kv_heads)
-        parts = stacked.split(self.spec.qkv_rows, -1)
-        query, key, value = (
-            part.unflatten(-1, (count, self.spec.head_dim))
-            for part, count in zip(parts, heads, strict=True)
-        )
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query = layer.query_norm(query, self.adapted)
-            key = layer.key_norm(key, self.adapted)
-        return dispatch.rotate(query, cos, sin), dispatch.rotate(key, cos, sin), value
+        if layer.query_norm is None or layer.key_norm is None:
+            return stacked
+        query, key, value = self._heads.parts(stacked)
+        normed = layer.query_norm(query, self.adapted), layer.key_norm(key, self.adapted), value
+        return torch.cat([part.flatten(1) for part in normed], 1)
+
+    def _attend(self, layer: Layer, stacked: Tensor, turn: Turn, rows: PackRows) -> tuple[Tensor, Tensor]:
+        """What the heads mix [T, N * D], and the stacked query, key and value, turned."""
+        heads, scale = self._heads, self.spec.attention_scale
+        if dispatch.attends(stacked, heads):
+            mixed = dispatch.turn_and_attend(stacked, heads, turn, rows, scale=scale, window=layer.window)
+            return mixed, stacked
+        query, key, value = heads.parts(stacked)
+        query, key = dispatch.rotate(query, *turn), dispatch.rotate(key, *turn)
+        mixed = attend(query, key, value, rows.groups, scale=scale, window=layer.window)
+        return mixed, torch.cat([part.flatten(1) for part in (query, key, value)], 1)
 
     def _finish_layer(
         self, layer: Layer, hidden_TH: Tensor, mixed_TA: Tensor, dropouts: Dropouts | None

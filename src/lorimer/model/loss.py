@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorimer.data.pack import Pack
 from lorimer.kernels import dispatch
+from lorimer.kernels.native.library import usable
 from lorimer.model.decoder import Decoder, Dropouts
 
 # Packs differ by a few tokens, and the CPU's matrix library builds and keeps code for every size it
@@ -17,10 +18,13 @@ from lorimer.model.decoder import Decoder, Dropouts
 SIZE_STEP = 64
 
 
-def _filled(pack: Pack) -> tuple[Tensor, tuple[int, ...]]:
-    """The pack's ids and lengths with a filler row at the end, which nothing sees and nothing scores."""
+def _filled(pack: Pack, native: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """The pack's ids and lengths with a filler row at the end, which nothing sees and nothing scores.
+
+    The native kernels do not need it: they keep nothing for a size.
+    """
     missing = -pack.computed_tokens % SIZE_STEP
-    if not missing:
+    if not missing or native:
         return pack.ids_T, pack.lengths
     return torch.cat([pack.ids_T, pack.ids_T.new_zeros(missing)]), (*pack.lengths, missing)
 
@@ -34,9 +38,15 @@ def pack_loss(
     their mean however the step was split.
     """
     device = decoder.device
-    ids_T, lengths = _filled(pack)
-    hidden_TH = decoder.hidden(ids_T.to(device), lengths, prefix=pack.prefix, dropouts=dropouts)
-    picked_MH = decoder.finish(hidden_TH.index_select(0, pack.predict_M.to(device)))
+    ids_T, lengths = _filled(pack, native=usable(decoder.final_norm.weight_H))
+    hidden_MH = decoder.hidden(
+        ids_T.to(device),
+        lengths,
+        prefix=pack.prefix,
+        dropouts=dropouts,
+        only_M=pack.predict_M.to(device),
+    )
+    picked_MH = decoder.finish(hidden_MH)
     return dispatch.head_loss(
         picked_MH, decoder.head_weight(), pack.labels_M.to(device), weight=weight, smoothing=smoothing
     )

@@ -144,9 +144,14 @@ class RopeTables:
         """Whether rows of these lengths turn alike, so that a common prefix is the same in all."""
         return len({self._key(length) for length in lengths}) == 1
 
+    @property
+    def steady(self) -> bool:
+        """Whether a token turns alike however long its row is."""
+        return self.spec.kind not in ("dynamic", "longrope")
+
     def at(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """cos and sin [T, F] for single tokens at these positions, each the newest of its row."""
-        if self.spec.kind in ("dynamic", "longrope"):
+        if not self.steady:
             pairs = [tuple(t[p] for t in self._table(p + 1)) for p in positions]
             return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
         cos, sin = self._table(max(positions) + 1)

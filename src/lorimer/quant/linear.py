@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lorimer.kernels import products
+from lorimer.kernels.products import LowRank
+
 
 class FrozenLinear(Protocol):
     """A weight [O, I] in some storage."""
@@ -28,12 +31,22 @@ class FrozenLinear(Protocol):
         """The type of inputs and outputs, whatever the storage."""
         ...
 
-    def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor:
-        """input @ W^T, plus `onto_TO` if given: [T, O]."""
+    def forward(
+        self,
+        input_TI: Tensor,
+        *,
+        bias_O: Tensor | None = None,
+        onto_TO: Tensor | None = None,
+        low_rank: LowRank | None = None,
+        down_TR: Tensor | None = None,
+    ) -> Tensor:
+        """input @ W^T, plus the bias, `onto_TO` and down @ up^T where given: [T, O]."""
         ...
 
-    def input_grad(self, grad_TO: Tensor) -> Tensor:
-        """grad @ W: [T, I]."""
+    def input_grad(
+        self, grad_TO: Tensor, *, low_rank: LowRank | None = None, grad_down_TR: Tensor | None = None
+    ) -> Tensor:
+        """grad @ W, plus grad_down @ down where given: [T, I]."""
         ...
 
     def rows(self, ids_T: Tensor) -> Tensor:
@@ -64,13 +77,23 @@ class DenseLinear:
     def dtype(self) -> torch.dtype:
         return self.weight_OI.dtype
 
-    def forward(self, input_TI: Tensor, onto_TO: Tensor | None) -> Tensor:
-        if onto_TO is None:
-            return input_TI @ self.weight_OI.t()
-        return torch.addmm(onto_TO, input_TI, self.weight_OI.t())
+    def forward(
+        self,
+        input_TI: Tensor,
+        *,
+        bias_O: Tensor | None = None,
+        onto_TO: Tensor | None = None,
+        low_rank: LowRank | None = None,
+        down_TR: Tensor | None = None,
+    ) -> Tensor:
+        return products.forward(
+            input_TI, self.weight_OI, bias_O=bias_O, onto_TO=onto_TO, low_rank=low_rank, down_TR=down_TR
+        )
 
-    def input_grad(self, grad_TO: Tensor) -> Tensor:
-        return grad_TO @ self.weight_OI
+    def input_grad(
+        self, grad_TO: Tensor, *, low_rank: LowRank | None = None, grad_down_TR: Tensor | None = None
+    ) -> Tensor:
+        return products.input_grad(grad_TO, self.weight_OI, low_rank=low_rank, grad_down_TR=grad_down_TR)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         return self.weight_OI.index_select(0, ids_T)

@@ -211,7 +211,10 @@ class Session:
         self.dropout = LoraDropout(rate, config.train.seed, *self.place[::-1]) if rate else None
         self.progress = Progress(data_hash=self.data.train_hash(), base_fingerprint=self.base.fingerprint())
         self.shares = self._may_share()
-        self.valid_packs = split_into_packs(self.data.valid, MICRO_BATCH_TOKENS, share=self.shares)
+        self.trims = self.model.decoder.rope.steady
+        self.valid_packs = split_into_packs(
+            self.data.valid, MICRO_BATCH_TOKENS, share=self.shares, trim=self.trims
+        )
         self.exhausted = False
         self.last: StepResult | None = None
         self.valid_loss: float | None = None
@@ -381,7 +384,11 @@ class Session:
         rows = self.stream.step_rows(step)
         examples = [self.data.train[row] for row in rows]
         packs = split_into_packs(
-            examples, self.micro_batch_tokens, together=self.config.data.pack, share=self.shares
+            examples,
+            self.micro_batch_tokens,
+            together=self.config.data.pack,
+            share=self.shares,
+            trim=self.trims,
         )
         rate = learning_rate(self.config.train, step, self.stream.total_steps)
         self.last = train_step(

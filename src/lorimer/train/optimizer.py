@@ -2,67 +2,64 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lorimer.config import TrainConfig
+from lorimer.kernels import elementwise_twins
+from lorimer.kernels.native import elementwise
+from lorimer.kernels.native.library import usable
 from lorimer.lora.layers import Adapter
 
 
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101), one fused pass over all parameters.
+    """Decoupled weight decay (arXiv 1711.05101), one sweep over all parameters.
 
     Biases and norm weights do not decay; the adapter keeps them at the end of its buffer.
     """
 
     def __init__(self, adapter: Adapter, config: TrainConfig) -> None:
-        self.max_norm = config.max_grad_norm
         self.adapter = adapter
-        groups = []
-        for part, decay in zip(adapter.decay_parts(), (config.weight_decay, 0.0), strict=True):
-            if part.numel():
-                groups.append({"params": [part], "weight_decay": decay})
-        self._torch = torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=adapter.flat.device.type in ("cpu", "cuda"),
-        )
+        self.config = config
+        self.steps = 0
+        self.m, self.v = torch.zeros_like(adapter.flat.data), torch.zeros_like(adapter.flat.data)
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, and clear the gradients; returns the gradient's norm before clipping.
 
         A norm that is not finite changes nothing: the caller stops the run.
         """
-        gradient = self.adapter.flat.grad
-        assert gradient is not None
-        norm = float(torch.linalg.vector_norm(gradient))
-        if not torch.isfinite(torch.tensor(norm)):
+        flat, config = self.adapter.flat, self.config
+        assert flat.grad is not None
+        kernels: Any = elementwise if usable(flat.data) else elementwise_twins
+        norm = math.sqrt(kernels.squared_norm(flat.grad))
+        if not math.isfinite(norm):
             return norm
-        if self.max_norm and norm > self.max_norm:
-            gradient.mul_(self.max_norm / (norm + 1e-6))
-        for group in self._torch.param_groups:
-            group["lr"] = learning_rate
-        self._torch.step()
-        gradient.zero_()
+        clipped = bool(config.max_grad_norm) and norm > config.max_grad_norm
+        self.steps += 1
+        kernels.adamw(
+            *(flat.data, flat.grad, self.m, self.v),
+            step=self.steps,
+            decay_until=self.adapter.decaying,
+            lr=learning_rate,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            grad_scale=config.max_grad_norm / (norm + 1e-6) if clipped else 1.0,
+        )
         self.adapter.refresh()
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """Both moments and the step count, by name, as they are."""
-        return {
-            f"{number}.{name}": value
-            for number, part in enumerate(self._parts())
-            for name, value in sorted(self._torch.state[part].items())
-        }
+        return {"m": self.m, "v": self.v, "steps": torch.tensor(self.steps)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Put a saved state back; the next step is the one that would have followed."""
-        for number, part in enumerate(self._parts()):
-            prefix = f"{number}."
-            mine = {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}
-            self._torch.state[part] = mine
-
-    def _parts(self) -> list[Tensor]:
-        return [part for group in self._torch.param_groups for part in group["params"]]
+        self.m.copy_(state["m"])
+        self.v.copy_(state["v"])
+        self.steps = int(state["steps"])

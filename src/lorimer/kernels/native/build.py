@@ -116,13 +116,17 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise CannotBuild(f"{Path(command[0]).name} failed: {said[0] if said else done.returncode}\n{done.stderr}")
+        raise CannotBuild(
+            f"{Path(command[0]).name} failed: {said[0] if said else done.returncode}\n{done.stderr}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile lorimer's native kernels.")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the library")
-    parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour checks")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="with address and undefined-behaviour checks"
+    )
     args = parser.parse_args()
     try:
         print(build(args.out, sanitize=args.sanitize))

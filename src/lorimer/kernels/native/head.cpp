@@ -17,6 +17,9 @@ constexpr int64_t MOST_POSITIONS = 192;
 // Sums are scaled anew only when a logit exceeds the reference by so much: exp(30) is far from a
 // float's end, and a tile seldom brings a new maximum at all.
 constexpr float SLACK = 30.0f;
+// Tiles whose sums are taken together before they join the others: a small term that is added to a
+// large sum straight away vanishes, and a vocabulary brings a thousand of them.
+constexpr int64_t TOGETHER = 24;
 
 struct Head {
   const void* hidden;
@@ -30,9 +33,10 @@ struct Head {
 
 // What one thread has summed up over its part of the vocabulary, for each position.
 struct Share {
-  float *reference, *total, *label, *logits;  // [positions]
-  float* sums;                                // [positions, width]
-  float* head_sum;                            // [width]
+  double *total, *logits;      // [positions]
+  float *reference, *label;    // [positions]
+  float *sums, *recent;        // [positions, width]: of earlier tiles, and of the last few
+  float* head_sum;             // [width]
 };
 
 template <class T>
@@ -52,9 +56,9 @@ inline void weigh_row(float* z, int64_t columns, int64_t tile, int64_t i, bool f
   if (first_tile) share.reference[i] = top;
   if (top > share.reference[i] + SLACK) {
     const Vector factor = exp(set(share.reference[i] - top));
-    float* sums = share.sums + i * width;
-    for (int64_t j = 0; gradient && j < width; j += WIDTH) store(sums + j, mul(load(sums + j), factor));
-    share.total[i] *= sum(factor) / WIDTH;
+    for (float* sums = share.sums + i * width; sums; sums = sums == share.recent + i * width ? nullptr : share.recent + i * width)
+      for (int64_t j = 0; gradient && j < width; j += WIDTH) store(sums + j, mul(load(sums + j), factor));
+    share.total[i] *= static_cast<double>(sum(factor) / WIDTH);
     share.reference[i] = top;
   }
   const Vector reference = set(share.reference[i]);
@@ -62,7 +66,7 @@ inline void weigh_row(float* z, int64_t columns, int64_t tile, int64_t i, bool f
   for (int64_t j = columns; j < tile; ++j) z[j] = 0.0f;
   Vector total = zero();
   for (int64_t j = 0; j < tile; j += WIDTH) total = add(total, load(z + j));
-  share.total[i] += sum(total);
+  share.total[i] += static_cast<double>(sum(total));
 }
 
 template <class T>
@@ -86,9 +90,13 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
     rows = reinterpret_cast<const char*>(copy);
     row_bytes = units * 4;
   }
-  for (int64_t i = 0; i < count; ++i) share.total[i] = share.label[i] = share.logits[i] = share.reference[i] = 0.0f;
-  for (int64_t i = 0; gradient && i < count * width; ++i) share.sums[i] = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    share.total[i] = share.logits[i] = 0.0;
+    share.label[i] = share.reference[i] = 0.0f;
+  }
+  for (int64_t i = 0; gradient && i < count * width; ++i) share.sums[i] = share.recent[i] = 0.0f;
   for (int64_t i = 0; smoothing && i < width; ++i) share.head_sum[i] = 0.0f;
+  int64_t since = 0;
   for (int64_t tile = first_row; tile < last_row; tile += TILE) {
     const int64_t columns = smaller(TILE, last_row - tile);
     for (int64_t j = 0; j < TILE; j += PANEL)
@@ -106,7 +114,7 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
       float* z = logits + i * TILE;
       const int64_t label = job.labels[start + i] - tile;
       if (label >= 0 && label < columns) share.label[i] = z[label];
-      for (int64_t j = 0; smoothing && j < columns; ++j) share.logits[i] += z[j];
+      for (int64_t j = 0; smoothing && j < columns; ++j) share.logits[i] += static_cast<double>(z[j]);
       weigh_row(z, columns, TILE, i, tile == first_row, width, gradient, share);
       for (int64_t j = 0; PAIRED && j < TILE; j += WIDTH) store(narrow_p + i * TILE + j, load(z + j));
     }
@@ -124,8 +132,14 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
       const int64_t block = ceil_div(count - at, blocks);
       const BlockToFloats run = block_to_floats_of<PAIRED>(static_cast<int>(block));
       for (int64_t j = 0; j < job.h; j += PANEL)
-        run({p + at * p_bytes, p_bytes, backward + j * back_units, here}, share.sums + at * width + j, width, true);
+        run({p + at * p_bytes, p_bytes, backward + j * back_units, here}, share.recent + at * width + j, width, true);
       at += block;
+    }
+    if (++since < TOGETHER && tile + TILE < last_row) continue;
+    since = 0;
+    for (int64_t i = 0; i < count * width; i += WIDTH) {
+      store(share.sums + i, add(load(share.sums + i), load(share.recent + i)));
+      store(share.recent + i, zero());
     }
   }
 }
@@ -136,22 +150,24 @@ void combine(const Head& job, const Share* shares, int parts, int64_t position, 
   const float smoothing = job.smoothing;
   float top = shares[0].reference[i];
   for (int t = 1; t < parts; ++t) top = shares[t].reference[i] > top ? shares[t].reference[i] : top;
-  float factors[256], total = 0.0f, label = 0.0f, logits = 0.0f;
+  float factors[256], label = 0.0f;
+  double total = 0.0, logits = 0.0;
   for (int t = 0; t < parts; ++t) {
     factors[t] = sum(exp(set(shares[t].reference[i] - top))) / WIDTH;
-    total += shares[t].total[i] * factors[t];
+    total += shares[t].total[i] * static_cast<double>(factors[t]);
     label += shares[t].label[i];
     logits += shares[t].logits[i];
   }
-  const float log_total = top + __builtin_logf(total);
-  job.losses[position] = log_total - (1.0f - smoothing) * label - smoothing * (logits / static_cast<float>(job.v));
+  const double log_total = static_cast<double>(top) + __builtin_log(total), soft = static_cast<double>(smoothing);
+  const double loss = log_total - (1.0 - soft) * static_cast<double>(label) - soft * (logits / static_cast<double>(job.v));
+  job.losses[position] = static_cast<float>(loss);
   if (!job.grad) return;
   const T* chosen = static_cast<const T*>(job.head) + job.labels[position] * job.h;
   T* grad = static_cast<T*>(job.grad) + position * job.h;
   const Vector hit = set(smoothing - 1.0f), even = set(-smoothing / static_cast<float>(job.v));
   for (int64_t j = 0; j < job.h; j += WIDTH) {
     Vector value = zero();
-    for (int t = 0; t < parts; ++t) value = fma(load(shares[t].sums + i * width + j), set(factors[t] / total), value);
+    for (int t = 0; t < parts; ++t) value = fma(load(shares[t].sums + i * width + j), set(static_cast<float>(static_cast<double>(factors[t]) / total)), value);
     value = fma(load_upto(chosen + j, job.h - j), hit, value);
     for (int t = 0; smoothing != 0.0f && t < parts; ++t) value = fma(load(shares[t].head_sum + j), even, value);
     store_upto(grad + j, mul(value, set(job.weight)), job.h - j);
@@ -164,14 +180,15 @@ void head_loss(const Head& job, int threads) {
   const int64_t width = ceil_div(job.h, PANEL) * PANEL, tiles = ceil_div(job.v, TILE);
   const int parts = static_cast<int>(smaller<int64_t>(smaller<int64_t>(threads, 256), tiles));
   const int64_t rounds = ceil_div(job.m, MOST_POSITIONS), most = ceil_div(job.m, rounds);
-  const int64_t each = ceil_div(4 * most, WIDTH) * WIDTH;
-  float* state = scratch<float>(STATE, parts * each);
-  float* sums = scratch<float>(SUMS, parts * (most + 1) * width);
+  const int64_t block = most * width;
+  double* totals = scratch<double>(STATE, parts * 3 * most);
+  float* sums = scratch<float>(SUMS, parts * (2 * block + width));
   Share shares[256];
   for (int t = 0; t < parts; ++t) {
-    float* mine = state + t * each;
-    float* my_sums = sums + t * (most + 1) * width;
-    shares[t] = {mine, mine + most, mine + 2 * most, mine + 3 * most, my_sums, my_sums + most * width};
+    double* mine = totals + t * 3 * most;
+    float* floats = reinterpret_cast<float*>(mine + 2 * most);
+    float* my_sums = sums + t * (2 * block + width);
+    shares[t] = {mine, mine + most, floats, floats + most, my_sums, my_sums + block, my_sums + 2 * block};
   }
   for (int64_t start = 0; start < job.m; start += most) {
     const int64_t count = smaller(most, job.m - start);

@@ -1,7 +1,8 @@
 """The compiled kernels: found, loaded, and called by name for one instruction set.
 
 `LORIMER_ISA` forces an instruction set, or `reference` for none; otherwise the best that the
-processor has is used. Without a library everything runs on the references, and `status` says why.
+processor has is used. `LORIMER_KERNELS` names another library than the installed one. Without a
+library everything runs on the references, and `status` says why.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _CODES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": cty
 @cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None, and in words why not."""
-    path = Path(os.environ.get("LORIMER_KERNELS") or HERE / LIBRARY)
+    given = os.environ.get("LORIMER_KERNELS")
+    path = Path(given or HERE / LIBRARY)
     if not path.exists():
         return None, "not compiled: there was no C++ compiler at install, or it failed"
     try:
@@ -41,7 +43,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"{path.name} cannot be loaded: {error}"
     library.lorimer_sources.restype = ctypes.c_char_p
-    if library.lorimer_sources().decode() != sources_hash():
+    if not given and library.lorimer_sources().decode() != sources_hash():
         return None, "compiled from other sources: run `python -m lorimer.kernels.native.build`"
     _share_threads(library)
     return library, ""
@@ -122,8 +124,7 @@ def using(isa: str) -> Iterator[None]:
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the native kernels take these: on the CPU, bf16 or fp32, and kernels are there."""
     return active() != REFERENCE and all(
-        tensor is None
-        or (tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16))
+        tensor is None or (tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16))
         for tensor in tensors
     )
 
