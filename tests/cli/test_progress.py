@@ -267,6 +267,12 @@ def test_changed_answers_come_from_the_run(tmp_path: Path) -> None:
         assert part in out.getvalue()
 
 
+def test_one_is_one() -> None:
+    text = str(facts(INFO | {"steps": 1, "batch_size": 1, "rows": 1, "threads": 1, "warmup_steps": 1}))
+    for part in ("1 step of 1 row'", "1 row ", "1 thread,", "1 step of warm-up"):
+        assert part in text
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],

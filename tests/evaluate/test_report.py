@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lorimer.errors import DivergenceError, Interrupted
-from lorimer.evaluate.facts import duration
+from lorimer import storage
+from lorimer.errors import DivergenceError, Interrupted, StorageError
 from lorimer.evaluate.report import write_report
 from lorimer.evaluate.run import RowScore, Scores
 from lorimer.run import RunFolder
@@ -315,8 +315,17 @@ def test_writing_again_replaces_and_leaves_nothing_beside(run: RunFolder) -> Non
     assert {path.name for path in run.path.iterdir()} == names
 
 
-def test_durations_are_those_of_the_terminal() -> None:
-    assert duration(400) == "6 min 40 s"
+def test_a_full_disk_keeps_the_old_page(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = write_report(run).read_bytes()
+    run.update_record(base="another")
+
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        write_report(run)
+    assert run.report.read_bytes() == before
 
 
 @pytest.mark.parametrize(

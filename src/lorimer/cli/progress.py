@@ -104,7 +104,7 @@ class Plain:
         self.steps_told += 1
         now = time.monotonic()
         if self.steps_told == ESTIMATED_AFTER and self.clock.to_go:
-            self.write(f"estimate  {duration(self.clock.to_go)} for {self.clock.total} steps")
+            self.write(f"estimate  {duration(self.clock.to_go)} for {self.clock.total:,} steps")
         if now - self.last_line >= 1 or record["step"] == self.clock.total:
             self.last_line = now
             self.write(step_line(record, self.clock))

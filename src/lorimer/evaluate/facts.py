@@ -23,14 +23,13 @@ def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     """
     share = info["trained_tokens"] / max(1, info["tokens"])
     others = [f"{info[f'{name}_rows']:,} {name}" for name in ("valid", "test") if info[f"{name}_rows"]]
-    rows = f"{info['rows']:,} rows" + (f" (and {', '.join(others)})" if others else "")
-    threads = (
-        f", {info['threads']} thread{'s' if info['threads'] > 1 else ''}" if info["device"] == "cpu" else ""
-    )
-    steps = f"{info['steps']:,} steps of {info['batch_size']} rows"
+    rows = counted(info["rows"], "row") + (f" (and {', '.join(others)})" if others else "")
+    threads = f", {counted(info['threads'], 'thread')}" if info["device"] == "cpu" else ""
+    steps = f"{counted(info['steps'], 'step')} of {counted(info['batch_size'], 'row')}"
     if info["first_step"]:
         steps += f", from step {info['first_step'] + 1}"
-    rate = f"{info['lr_scheduler']}, {info['learning_rate']:g}, {info['warmup_steps']} steps of warm-up"
+    warmup = counted(info["warmup_steps"], "step")
+    rate = f"{info['lr_scheduler']}, {info['learning_rate']:g}, {warmup} of warm-up"
     tokens = f"{info['tokens']:,} tokens, {info['trained_tokens']:,} trained ({share:.0%})"
     return [
         ("base", f"{info['base']} ({info['architecture']}, {info['base_parameters'] / 1e6:,.0f} M)"),
@@ -68,6 +67,11 @@ def next_commands(path: Path, changes: Sequence[Change], *, proved: bool) -> lis
         f"vllm serve {merged}  # after merge, where vLLM is installed",
         f"transformers serve {merged}  # after merge, with transformers[serving]",
     ]
+
+
+def counted(number: int, thing: str) -> str:
+    """1 step, 1,200 steps."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def short_path(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorimer.errors import DataError
 from lorimer.evaluate.chart import SMOOTHED_FROM, Line, Point, line_chart, smooth, thin
-from lorimer.evaluate.facts import GIB, duration, facts, next_commands, short_path
+from lorimer.evaluate.facts import GIB, counted, duration, facts, next_commands, short_path
 from lorimer.evaluate.run import Change, Comparison, Scores, compare_scores, read_scores
 from lorimer.evaluate.show import change_text, interval_text, sentences, value_text
 from lorimer.evaluate.text import METRICS
@@ -170,13 +170,12 @@ def _steps_done(steps: list[dict[str, Any]]) -> int:
 
 def _lead(record: dict[str, Any], info: dict[str, Any], steps: list[dict[str, Any]]) -> str:
     """The run in one sentence."""
-    rows = f" on {info['rows']:,} rows" if "rows" in info else ""
+    rows = f" on {counted(info['rows'], 'row')}" if "rows" in info else ""
     base = record.get("base", "a base")
     if not steps:
         return f"{base}{rows}: no step was finished."
     seconds = sum(line.get("seconds", 0.0) for line in steps)
-    count = f"{_steps_done(steps):,} step{'s' if _steps_done(steps) > 1 else ''}"
-    return f"{base} trained{rows}: {count} in {duration(seconds)}."
+    return f"{base} trained{rows}: {counted(_steps_done(steps), 'step')} in {duration(seconds)}."
 
 
 def _trained(info: dict[str, Any]) -> Facts:
@@ -199,10 +198,13 @@ def _spent(record: dict[str, Any], info: dict[str, Any], steps: list[dict[str, A
     sums = {name: sum(line.get(name, 0) for line in steps) for name in ("rows", "tokens", "trained_tokens")}
     seconds = sum(line.get("seconds", 0.0) for line in steps)
     peak = record.get("peak_memory_bytes") or max(line.get("memory_bytes", 0) for line in steps)
-    tokens = [f"{sums['tokens']:,} in {sums['rows']:,} rows", f"{sums['trained_tokens']:,} of them trained"]
+    tokens = [
+        f"{sums['tokens']:,} in {counted(sums['rows'], 'row')}",
+        f"{sums['trained_tokens']:,} of them trained",
+    ]
     if info.get("shared_prefix"):
         tokens.append(f"{info['shared_prefix']:,} begin every row and are computed once a pack")
-    times = [f"{duration(seconds)} in {len(steps):,} steps"]
+    times = [f"{duration(seconds)} in {counted(len(steps), 'step')}"]
     others = {"load": "to load", "eval": "to evaluate", "save": "to save checkpoints"}
     for key, words in others.items():
         if record.get(f"{key}_seconds"):
