@@ -15,6 +15,7 @@ ROOT = HERE.parent
 ROWS = ROOT / "src" / "lorimer" / "recipes" / "home" / "train.jsonl"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorimer-benchmarks"
 PULL = "from lorimer.bases.store import resolve_base; print(resolve_base('smollm2-135m'))"
+KERNELS = "from lorimer.kernels.native.library import status; print(status())"
 VERSION = "import sys, importlib.metadata as m; print(*[m.version(n) for n in sys.argv[1:]])"
 # What keeps torch and its matrix libraries to one instruction set, as on a machine that has no better.
 TORCH_LIMITS = {
@@ -119,6 +120,12 @@ def versions(python: str, packages: Sequence[str]) -> dict[str, str]:
     """The versions of packages in another environment; nothing where one is missing."""
     done = subprocess.run([python, "-c", VERSION, *packages], capture_output=True, text=True)
     return dict(zip(packages, done.stdout.split(), strict=True)) if done.returncode == 0 else {}
+
+
+def kernels(env: Mapping[str, str]) -> str:
+    """Which of lorimer's kernels run in a process with this environment."""
+    done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=dict(env))
+    return done.stdout.strip() or (done.stderr.strip().splitlines() or ["unknown"])[-1]
 
 
 def peak(threads: int) -> dict[str, float]:

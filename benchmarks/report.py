@@ -26,7 +26,8 @@ TOLERANCE = 0.02  # of the first step's loss
 GB = 1e9
 
 
-def machine(threads: int, peak: Mapping[str, float]) -> dict[str, Any]:
+def machine(threads: int, *, isa: str | None = None) -> dict[str, Any]:
+    """The machine, its peak measured now, and lorimer's kernels as they run with `isa`."""
     cpu = _proc("/proc/cpuinfo")
     flags = cpu.get("flags", "").split()
     versions: dict[str, Any] = {"python": platform.python_version()}
@@ -44,10 +45,10 @@ def machine(threads: int, peak: Mapping[str, float]) -> dict[str, Any]:
         "memory_bytes": int(_proc("/proc/meminfo").get("MemTotal", "0 kB").split()[0]) * 1024,
         "system": platform.platform(),
         "load_average_before": os.getloadavg()[0],
-        "lorimer_isa": os.environ.get("LORIMER_ISA"),
+        "kernels": process.kernels(process.environment(threads, process.CACHE, isa=isa, lorimer=True)),
         "commit": _commit(),
         "versions": versions,
-        "peak": dict(peak),
+        "peak": process.peak(threads),
     }
 
 
@@ -82,6 +83,7 @@ def machine_text(machine: Mapping[str, Any]) -> str:
             f"cpu      {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used",
             f"flags    {' '.join(machine['flags']) or 'none of those that matter'}",
             peaks.text(machine["peak"]),
+            f"kernels  {machine['kernels']}",
             f"memory   {machine['memory_bytes'] / GB:.1f} GB",
             f"load     {load:.2f} before the first round{busy}",
             "versions " + ", ".join(versions),
@@ -175,7 +177,7 @@ def training_table(everything: Mapping[str, Any]) -> str:
     lines = [
         "",
         f"{settings['workload']}: {settings['about']}",
-        f"{settings['steps']} timed steps after {settings['warmup']}, {settings['dtype']}, "
+        f"{settings['steps']} timed steps of {settings['batch']} rows after {settings['warmup']}, {settings['dtype']}, "
         f"{settings['threads']} threads, median of {settings['rounds']} rounds" + _isa_text(settings),
         f"{'':<15}{'rows/s':>8}{'tokens/s':>10}{'peak GB':>9}{'load s':>8}{'first loss':>12}"
         f"{'last loss':>11}{'tokens':>8}{'trained':>9}   (tokens: first step)",

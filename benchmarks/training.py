@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--isa", help="lorimer's process gets this as LORIMER_ISA, and its torch no more")
     parser.add_argument("--peers-isa", choices=process.TORCH_LIMITS, help="the peers' torch gets no more")
-    parser.add_argument("--quick", action="store_true", help="one round of 1 timed step after 1")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of one small timed step after another"
+    )
     parser.add_argument("--rows", type=Path, default=process.ROWS, help="chat rows, JSON lines")
     parser.add_argument(
         "--gguf", type=Path, help="SmolLM2-135M-Instruct as GGUF; the pulled one if not given"
@@ -98,6 +100,8 @@ def parse() -> argparse.Namespace:
     workload = WORKLOADS[args.workload]
     if args.quick:
         args.rounds, args.steps, args.warmup = 1, 1, 1
+        workload = replace(workload, batch=min(workload.batch, 8), packs=max(1, workload.packs // 2))
+    args.plan = workload
     args.steps = workload.steps if args.steps is None else args.steps
     args.warmup = workload.warmup if args.warmup is None else args.warmup
     if min(args.rounds, args.steps, args.warmup, args.threads) < 1:
@@ -107,14 +111,14 @@ def parse() -> argparse.Namespace:
         parser.error(f"--python takes PEER=PATH for {', '.join(PYTHONS)}")
     # Not resolved: the interpreter of an environment is a link, and its folder is what counts.
     args.pythons = {name: str(given.get(name, path)) for name, path in PYTHONS.items()}
-    args.contestants, args.left_out = choose(args, workload)
+    args.contestants, args.left_out = choose(args)
     return args
 
 
-def choose(args: argparse.Namespace, workload: Workload) -> tuple[list[str], dict[str, str]]:
+def choose(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """The contestants that can run, and for each other one the reason why it cannot."""
     wanted = args.contestants or [
-        name for name in workload.contestants if args.dtype == "bf16" or name in IN_FP32
+        name for name in args.plan.contestants if args.dtype == "bf16" or name in IN_FP32
     ]
     missing = {
         name: f"no environment at {args.pythons[name]}"
@@ -156,7 +160,7 @@ def _printed(out: str) -> Result:
 
 
 def make_job(name: str, args: argparse.Namespace, folder: Path, rows: Path, scratch: Path) -> Job:
-    workload = WORKLOADS[args.workload]
+    workload: Workload = args.plan
     return Job(
         variant=name,
         folder=str(folder),
@@ -182,7 +186,7 @@ def make_job(name: str, args: argparse.Namespace, folder: Path, rows: Path, scra
 
 def run_rounds(args: argparse.Namespace, gguf: Path, folder: Path) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    workload = WORKLOADS[args.workload]
+    workload: Workload = args.plan
     with tempfile.TemporaryDirectory(prefix="lorimer-benchmark-") as scratch:
         rows = Path(scratch) / "rows.jsonl"
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -206,7 +210,7 @@ def add_work(
     summary: dict[str, Any], folder: Path, args: argparse.Namespace, peak: dict[str, float]
 ) -> None:
     """Where every row is a full pack: the useful GFLOP/s of each contestant, and its share of the peak."""
-    workload = WORKLOADS[args.workload]
+    workload: Workload = args.plan
     if workload.chat or args.dtype not in peak:
         return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -222,8 +226,7 @@ def main() -> None:
     args = parse()
     gguf = process.find_gguf(args.gguf)
     folder = process.find_folder(gguf, args.cache.resolve())
-    peak = process.peak(args.threads)
-    machine = report.machine(args.threads, peak)
+    machine = report.machine(args.threads, isa=args.isa)
     for name in args.contestants:
         if name in PACKAGES:
             machine["versions"][f"({name})"] = process.versions(args.pythons[name], PACKAGES[name])
@@ -231,9 +234,9 @@ def main() -> None:
     outcomes = run_rounds(args, gguf, folder)
     names = ("workload", "rounds", "steps", "warmup", "threads", "dtype", "isa", "peers_isa", "contestants")
     settings = {name: getattr(args, name) for name in names} | {"left_out": args.left_out}
-    settings |= {"about": WORKLOADS[args.workload].about}
+    settings |= {"about": args.plan.about, "batch": args.plan.batch}
     summary = report.summary(outcomes, args.warmup)
-    add_work(summary, folder, args, peak)
+    add_work(summary, folder, args, machine["peak"])
     everything = {
         "kind": "training",
         "machine": machine,

@@ -79,7 +79,7 @@ def text_rows(tokens: int) -> Callable[[Path, Tokenizer, int], list[Row]]:
 
 WORKLOADS = {
     "home": Workload(
-        about="chat rows of 62 tokens, 16 a step",
+        about="chat rows of 62 tokens",
         rows=home_rows,
         contestants=(
             "lorimer",
@@ -100,7 +100,7 @@ WORKLOADS = {
         packs=1,
     ),
     "packs": Workload(
-        about=f"plain text in full packs of {PACK_TOKENS} tokens, one a step, every token trained",
+        about=f"plain text in full packs of {PACK_TOKENS} tokens, every token trained",
         rows=text_rows(PACK_TOKENS),
         contestants=("lorimer", "trl-packed", "peft-loop", "peft-compiled", "torchtune"),
         steps=4,
@@ -114,7 +114,7 @@ WORKLOADS = {
         chat=False,
     ),
     "prompt": Workload(
-        about=f"chat rows of about 60 tokens behind one system prompt of {SYSTEM_TOKENS}, 16 a step",
+        about=f"chat rows of about 60 tokens behind one system prompt of {SYSTEM_TOKENS}",
         rows=prompt_rows,
         contestants=("lorimer", "trl-default", "trl-tuned", "trl-packed", "peft-loop"),
         steps=2,
