@@ -10,6 +10,7 @@ help:
 	@echo "make test        format, lint, types, docs and every test"
 	@echo "make bench       lorimer against TRL and PEFT, in an environment of its own"
 	@echo "make docs        write the generated pages of docs/ anew"
+	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
 	@echo "make clean       delete the virtual environments and caches"
 
 quickstart: $(VENV)/.installed
@@ -25,6 +26,9 @@ test: $(VENV)/.installed-test
 bench: .venv-bench/.installed
 	.venv-bench/bin/lorimer pull smollm2-135m
 	.venv-bench/bin/python benchmarks/training.py
+
+sanitize: $(VENV)/.installed-test
+	$(RUN)/python tests/kernels/sanitize.py
 
 docs: $(VENV)/.installed
 	$(RUN)/python docs/generate.py
@@ -52,4 +56,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 clean:
 	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help quickstart test bench docs clean
+.PHONY: help quickstart test bench docs sanitize clean

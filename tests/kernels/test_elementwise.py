@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorimer.kernels import elementwise_twins as twins
 from lorimer.kernels import reference
 from lorimer.kernels.native import elementwise as native
 from lorimer.kernels.native import library
@@ -121,7 +120,7 @@ def test_rms_norm_backward(dtype: torch.dtype, size: int, wide_grad: bool) -> No
     assert grad_weight is not None
     near(more, x64.grad + onto.double(), slack + 1e-6)
     near(grad_weight, weight64.grad, 3e-6 * float((grad * x * rstd).abs().sum(0).max()))
-    twin, twin_weight = twins.rms_norm_backward(
+    twin, twin_weight = reference.rms_norm_backward(
         *(grad, x, rstd, weight - 1), weight_grad=True, onto_TH=onto, offset=1.0
     )
     assert twin_weight is not None
@@ -227,19 +226,16 @@ def test_gated(dtype: torch.dtype, size: int, kind: native.Activation) -> None:
     result = native.gated(gate_up, kind)
     # The digits of the smallest results have a test of their own below.
     near(result, exact.detach(), 1e-6 * exact.detach().abs() + 1e-8 * gate_up[:, size:].double().abs())
-    like_twin(result, twins.gated(gate_up, kind))
+    like_twin(result, reference.gated(gate_up, kind))
     mine, again = native.gated_backward(grad, gate_up, kind, again=True)
     assert again is not None
     assert same(again, result)
     assert wide.grad is not None
     near(mine, wide.grad, 4e-6 * float(wide.grad.abs().max()))
-    like_twin(mine, twins.gated_backward(grad, gate_up, kind)[0])
+    like_twin(mine, reference.gated_backward(grad, gate_up, kind)[0])
     alone, none = native.gated_backward(grad, gate_up, kind)
     assert none is None
     assert same(alone, mine)
-    if kind == "silu":
-        assert same(native.swiglu(gate_up), result)
-        assert same(native.swiglu_backward(grad, gate_up), mine)
     over, _ = native.gated_backward(grad, gate_up, kind, in_place=True)
     assert over is gate_up
     assert same(over, mine)
@@ -347,7 +343,7 @@ def test_adamw_is_that_of_torch(n: int, decay_until: int, beta1: float, isa: str
         optimizer.step()
         how = {"decay_until": decay_until, "beta1": beta1, "beta2": 0.999, "weight_decay": 0.1, **rule}
         copy = grad.clone()
-        twins.adamw(twin[0], copy, *twin[1:], step=step, grad_scale=0.37, **how)
+        reference.adamw(twin[0], copy, *twin[1:], step=step, grad_scale=0.37, **how)
         native.adamw(mine, grad, m, v, step=step, grad_scale=0.37, **how)
         assert same(grad, torch.zeros(n))
     states = [optimizer.state[part] for part, _ in decays]
@@ -371,7 +367,7 @@ def test_adamw_is_that_of_torch(n: int, decay_until: int, beta1: float, isa: str
 def test_squared_norm(n: int) -> None:
     """Values whose squares a float32 cannot hold."""
     values = 1e25 * randn(n, seed=1)
-    assert native.squared_norm(values) == pytest.approx(twins.squared_norm(values), rel=1e-12)
+    assert native.squared_norm(values) == pytest.approx(reference.squared_norm(values), rel=1e-12)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -430,7 +426,7 @@ def test_column_sums(dtype: torch.dtype, size: int, rows: int) -> None:
     grad = randn(rows, size, seed=1, dtype=dtype)
     sums = native.column_sums(within_a_buffer(grad))
     near(sums, grad.double().sum(0), 1e-6 * float(grad.double().abs().sum(0).max()))
-    like_twin(sums, twins.column_sums(grad))
+    like_twin(sums, reference.column_sums(grad))
 
 
 # --- threads --------------------------------------------------------------------------------------

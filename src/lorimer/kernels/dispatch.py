@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lorimer.kernels import elementwise_twins, products, reference
+from lorimer.kernels import products, reference
 from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native import elementwise
 from lorimer.kernels.native.library import usable
@@ -141,7 +141,7 @@ class _Project(torch.autograd.Function):
             grad_input, grad_norm = kernels.rms_norm_backward(
                 grad_input, input_TI, rstd, before.weight_H, weight_grad=need_norm
             )
-        grad_bias = grad_TO.sum(0, dtype=torch.float32) if need_bias else None
+        grad_bias = _pointwise(grad_TO).column_sums(grad_TO) if need_bias else None
         return (
             grad_input if need_input else None,
             grad_TO if need_residual else None,
@@ -156,7 +156,7 @@ class _Project(torch.autograd.Function):
 
 def _pointwise(states: Tensor) -> Any:
     """The module whose norms and gated units take these states."""
-    return elementwise if usable(states) else elementwise_twins
+    return elementwise if usable(states) else reference
 
 
 def _states(before: Before, input_TI: Tensor, rstd: Tensor | None) -> Tensor:

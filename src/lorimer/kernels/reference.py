@@ -8,61 +8,94 @@ Letters: T tokens, H hidden, I intermediate, N heads, D head size, V vocabulary,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+# What a gated unit does to its gate: SwiGLU, GeGLU with the tanh approximation, GeGLU.
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 # Logits of this many trained positions are alive at a time: large enough for a good matrix
 # product, small enough that a vocabulary of 150,000 stays under 200 MB.
 HEAD_CHUNK = 128
 
 
-def rms_norm(hidden_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight.
+def rms_norm(
+    hidden_TH: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * (weight + offset).
 
-    Returns the normed states in the type of `hidden_TH` and the float32 factor `rstd_T1`,
-    which the backward needs. With x = [3, 4], eps 0 and weight 1: rstd = 1 / sqrt(12.5),
+    Over the last dimension. Returns the normed states in the type of `hidden_TH` and the float32 factor
+    `rstd_T1`, which the backward needs. With x = [3, 4], eps 0 and weight 1: rstd = 1 / sqrt(12.5),
     result [0.8485, 1.1314].
     """
     # A float32 copy, because in-place steps follow and the caller keeps its states.
     wide_TH = hidden_TH.to(torch.float32, copy=True)
     length_T1 = torch.linalg.vector_norm(wide_TH, dim=-1, keepdim=True)
     rstd_T1 = torch.rsqrt(length_T1.square_().div_(wide_TH.shape[-1]).add_(eps))
-    return wide_TH.mul_(rstd_T1).mul_(weight_H).to(hidden_TH.dtype), rstd_T1
+    return wide_TH.mul_(rstd_T1).mul_(weight_H + offset).to(hidden_TH.dtype), rstd_T1
 
 
-def rms_norm_apply(hidden_TH: Tensor, rstd_T1: Tensor, weight_H: Tensor) -> Tensor:
+def rms_norm_apply(hidden_TH: Tensor, rstd_T1: Tensor, weight_H: Tensor, *, offset: float = 0.0) -> Tensor:
     """The normed states again from the saved factor: cheaper than keeping them."""
-    return (hidden_TH * rstd_T1).mul_(weight_H).to(hidden_TH.dtype)
+    return (hidden_TH * rstd_T1).mul_(weight_H + offset).to(hidden_TH.dtype)
 
 
 def rms_norm_backward(
-    grad_TH: Tensor, hidden_TH: Tensor, rstd_T1: Tensor, weight_H: Tensor, *, weight_grad: bool
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    rstd_T1: Tensor,
+    weight_H: Tensor,
+    *,
+    weight_grad: bool,
+    onto_TH: Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the norm's input and, if asked for, of its weight (float32)."""
+    """Gradients of the norm's input, added to `onto_TH` if given, and of its weight (float32) if wanted."""
     normed_TH = hidden_TH * rstd_T1
-    grad_weight_H = (grad_TH * normed_TH).sum(0) if weight_grad else None
-    wide_TH = grad_TH * weight_H
+    grad_weight_H = (grad_TH * normed_TH).flatten(0, -2).sum(0) if weight_grad else None
+    wide_TH = grad_TH * (weight_H + offset)
     dot_T1 = (wide_TH * normed_TH).mean(-1, keepdim=True)
     wide_TH.addcmul_(normed_TH, dot_T1, value=-1).mul_(rstd_T1)
-    return wide_TH.to(hidden_TH.dtype), grad_weight_H
+    grad_hidden_TH = wide_TH.to(hidden_TH.dtype)
+    return grad_hidden_TH if onto_TH is None else grad_hidden_TH + onto_TH, grad_weight_H
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for a stacked [T, 2I] input (arXiv 2002.05202): [T, I]."""
+def activate(gate: Tensor, kind: Activation) -> Tensor:
+    """The activation of a gated unit; GELU is arXiv 1606.08415."""
+    if kind == "silu":
+        return torch.nn.functional.silu(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def gated(gate_up: Tensor, kind: Activation) -> Tensor:
+    """activation(gate) * up for a stacked [T, 2I] input (arXiv 2002.05202): [T, I]."""
     gate_TI, up_TI = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(gate_TI).mul_(up_TI)
+    return activate(gate_TI, kind).mul_(up_TI)
 
 
-def swiglu_backward(grad_TI: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient of the stacked [T, 2I] input."""
+def gated_backward(
+    grad_TI: Tensor, gate_up: Tensor, kind: Activation, *, again: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the stacked [T, 2I] input and, if asked for, the forward's result again."""
     gate_TI, up_TI = gate_up.chunk(2, -1)
+    value_TI = activate(gate_TI, kind)
     grad = torch.empty_like(gate_up)
     grad_gate_TI, grad_up_TI = grad.chunk(2, -1)
-    grad_gate_TI.copy_(torch.ops.aten.silu_backward(grad_TI * up_TI, gate_TI))
-    torch.mul(grad_TI, torch.nn.functional.silu(gate_TI), out=grad_up_TI)
-    return grad
+    if kind == "silu":
+        grad_gate_TI.copy_(torch.ops.aten.silu_backward(grad_TI * up_TI, gate_TI))
+    else:
+        approximate = "tanh" if kind == "gelu_tanh" else "none"
+        grad_gate_TI.copy_(torch.ops.aten.gelu_backward(grad_TI * up_TI, gate_TI, approximate=approximate))
+    torch.mul(grad_TI, value_TI, out=grad_up_TI)
+    return grad, value_TI.mul_(up_TI) if again else None
+
+
+def column_sums(grad_TO: Tensor) -> Tensor:
+    """The sum over tokens, in float32: the gradient of a bias."""
+    return grad_TO.sum(0, dtype=torch.float32)
 
 
 def rotate(states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -213,3 +246,37 @@ def causal_attention_backward(
         grad_query[:, :, start:stop] = turned.view(batch, heads, rows, size)
         grad_key[:, :, keys] += grad_scores.transpose(-1, -2) @ query.to(dtype)
     return grad_query, grad_key.to(dtype), grad_value.to(dtype)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    step: int,
+    decay_until: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> None:
+    """One AdamW step (arXiv 1711.05101) over flat float32 buffers, all changed in place.
+
+    The gradient times `grad_scale` is used, and zero afterwards; the first `decay_until` parameters
+    decay; `step` counts from 1.
+    """
+    grad.mul_(grad_scale)
+    param[:decay_until].mul_(1.0 - lr * weight_decay)
+    m.lerp_(grad, 1.0 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    size = v.sqrt().div_(math.sqrt(1.0 - beta2**step)).add_(eps)
+    param.addcdiv_(m, size, value=-lr / (1.0 - beta1**step))
+    grad.zero_()
+
+
+def squared_norm(values: Tensor) -> float:
+    """The sum of squares, in float64."""
+    return float(values.double().square_().sum())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorimer.config import TrainConfig
-from lorimer.kernels import elementwise_twins
+from lorimer.kernels import reference
 from lorimer.kernels.native import elementwise
 from lorimer.kernels.native.library import usable
 from lorimer.lora.layers import Adapter
@@ -34,7 +34,7 @@ class AdamW:
         """
         flat, config = self.adapter.flat, self.config
         assert flat.grad is not None
-        kernels: Any = elementwise if usable(flat.data) else elementwise_twins
+        kernels: Any = elementwise if usable(flat.data) else reference
         norm = math.sqrt(kernels.squared_norm(flat.grad))
         if not math.isfinite(norm):
             return norm

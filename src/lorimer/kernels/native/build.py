@@ -39,6 +39,10 @@ VARIANTS = {
     "elementwise.cpp": ["portable", "avx2", "avx512", "avx512_bf16"],
 }
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+# GCC's own headers for AVX-512 warn about themselves.
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# What is one operation is said in the source.
+COMMON += ["-ffp-contract=off"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 

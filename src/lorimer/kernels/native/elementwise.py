@@ -2,7 +2,7 @@
 
 Tensors are on the CPU, states in bf16 or fp32; arithmetic is in float32 and each result rounded once.
 States may be views of a wider buffer, as long as each token's features lie in one piece. Results do
-not depend on the number of threads. The definitions are in reference.py and elementwise_twins.py.
+not depend on the number of threads. The definitions are in reference.py.
 
 Letters: T tokens, H hidden, I intermediate, N heads, D head size, F turning pairs, O outputs.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorimer.kernels.native.library import Kernel
+from lorimer.kernels.reference import Activation
 
 _rms_norm = Kernel("rms_norm", "plpplp" + "lll" + "ffii")
 _rms_norm_apply = Kernel("rms_norm_apply", "plpppl" + "lll" + "fii")
@@ -30,8 +30,6 @@ _scaled_copies = Kernel("scaled_copies", "pplii")
 _column_sums = Kernel("column_sums", "plpllii")
 
 BF16 = torch.bfloat16
-# What a gated unit does to its gate: SwiGLU, GeGLU with the tanh approximation, GeGLU.
-Activation = Literal["silu", "gelu_tanh", "gelu"]
 _KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
@@ -174,16 +172,6 @@ def gated_backward(
         *(_KINDS[kind], gate_up.dtype == BF16, torch.get_num_threads()),
     )
     return grad_gate_up, again_TI
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up; see reference.swiglu."""
-    return gated(gate_up, "silu")
-
-
-def swiglu_backward(grad_TI: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient of the stacked [T, 2I] input; see reference.swiglu_backward."""
-    return gated_backward(grad_TI, gate_up, "silu")[0]
 
 
 def adamw(

@@ -76,6 +76,7 @@ inline Vector load_some(const bf16* at, int64_t count) {
   __m256i half = _mm256_maskz_loadu_epi16(first(count), at);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+// The instruction takes a denormal float for zero, as all bf16 instructions do.
 inline __m256i narrow_vector(Vector value) {
 #if defined(LORIMER_PAIRS)
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
@@ -252,7 +253,8 @@ inline void store_upto(T* at, Vector value, int64_t count) {
   else store_some(at, value, count);
 }
 
-// e^x to within 2 units in the last place; 0 below -87.3 and infinity above 88.7; NaN stays NaN.
+// e^x to within 2 units in the last place; denormals below -87.3, 0 from -104 on, infinity above 88.7;
+// NaN stays NaN.
 // Cody and Waite's reduction by ln 2 in two parts, then a polynomial on [-ln2/2, ln2/2].
 inline Vector exp(Vector x) {
   // The order of operands keeps NaN: max and min give their second one.
