@@ -9,6 +9,7 @@ help:
 	@echo "make quickstart  train a real model on this machine and prove it (no account, no GPU)"
 	@echo "make test        format, lint, types, docs and every test"
 	@echo "make bench       lorimer against TRL and PEFT, in an environment of its own"
+	@echo "make bench-all   every benchmark and every peer: some hours; writes benchmarks/RESULTS.md"
 	@echo "make docs        write the generated pages of docs/ anew"
 	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
 	@echo "make clean       delete the virtual environments and caches"
@@ -26,6 +27,10 @@ test: $(VENV)/.installed-test
 bench: .venv-bench/.installed
 	.venv-bench/bin/lorimer pull smollm2-135m
 	.venv-bench/bin/python benchmarks/training.py
+
+bench-all: .venv-bench/.installed .venv-bench-torchtune/.installed .venv-bench-llamafactory/.installed
+	.venv-bench/bin/lorimer pull smollm2-135m
+	.venv-bench/bin/python benchmarks/results.py
 
 sanitize: $(VENV)/.installed-test
 	$(RUN)/python tests/kernels/sanitize.py
@@ -48,12 +53,23 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 	@touch $@ $(VENV)/.installed
 
 # The peers that are compared are not wanted in the environment that users get.
-.venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+.venv-bench/.installed: pyproject.toml constraints.txt $(NATIVE) benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
 	@touch $@
 
-clean:
-	rm -rf $(VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
+.venv-bench-torchtune/.installed: constraints.txt benchmarks/requirements-torchtune.txt
+	$(PYTHON) -m venv .venv-bench-torchtune
+	.venv-bench-torchtune/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements-torchtune.txt
+	@touch $@
 
-.PHONY: help quickstart test bench docs sanitize clean
+.venv-bench-llamafactory/.installed: benchmarks/requirements-llamafactory.txt
+	$(PYTHON) -m venv .venv-bench-llamafactory
+	.venv-bench-llamafactory/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-llamafactory.txt
+	.venv-bench-llamafactory/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .mypy_cache .ruff_cache .pytest_cache
+
+.PHONY: help quickstart test bench bench-all docs sanitize clean

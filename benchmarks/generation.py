@@ -29,10 +29,10 @@ from peers.generation_job import GenerationJob
 from training import rotated
 
 MODULES = {
-    "lorimer": "peers.generate_lorimer",
-    "transformers": "peers.generate_transformers",
-    "transformers-static": "peers.generate_transformers",
-    "transformers-compiled": "peers.generate_transformers",
+    "lorimer": "generate_lorimer",
+    "transformers": "generate_transformers",
+    "transformers-static": "generate_transformers",
+    "transformers-compiled": "generate_transformers",
 }
 # Compiling takes minutes for each batch size and was no faster; ask for it by name.
 DEFAULT = ["lorimer", "transformers", "transformers-static"]
@@ -86,7 +86,7 @@ def compete(name: str, number: int, job: GenerationJob, scratch: Path, timeout: 
     scratch.mkdir()
     path, log = scratch / "job.json", scratch / "log.txt"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    command = [sys.executable, "-m", MODULES[name], str(path)]
+    command = process.module_command(sys.executable, MODULES[name], str(path))
     env = process.environment(job.threads, scratch)
     code, peak, out = process.run_process(command, env, log, timeout)
     if code:

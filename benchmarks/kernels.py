@@ -27,7 +27,7 @@ from torch import Tensor
 import process
 import report
 from lorimer.config import TrainConfig
-from lorimer.kernels import dispatch, elementwise_twins, products, reference
+from lorimer.kernels import dispatch, products, reference
 from lorimer.kernels.dispatch import Heads, Norm
 from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native import elementwise
@@ -181,7 +181,7 @@ def pointwise_cases(dtype: str) -> Iterator[Case]:
     tokens, kind = 2048, TYPES[dtype]
     each = torch.empty(0, dtype=kind).element_size()
     hidden_TH, grad_TH = torch.randn(tokens, HIDDEN).to(kind), torch.randn(tokens, HIDDEN).to(kind)
-    kernels: Any = elementwise if usable(hidden_TH) else elementwise_twins
+    kernels: Any = elementwise if usable(hidden_TH) else reference
     weight_H = torch.rand(HIDDEN) + 0.5
     norm, narrow_H = Norm(weight_H, 1e-5), weight_H.to(kind)
     leaf_TH = hidden_TH.clone().requires_grad_()

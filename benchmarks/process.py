@@ -58,18 +58,24 @@ def find_folder(gguf: Path, cache: Path) -> Path:
 
 def make_base(*arguments: str, cache: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "peers.base", *arguments],
+        module_command(sys.executable, "base", *arguments),
         check=True,
         env=environment(1, cache),
         stderr=subprocess.DEVNULL,
     )
 
 
+def module_command(python: str, module: str, *arguments: str) -> list[str]:
+    """Run a module of peers/. Neither this folder nor the current one is on its path: a file here may
+    have the name of a package that a peer looks for (`kernels` is one)."""
+    return [python, "-P", "-m", f"benchmarks.peers.{module}", *arguments]
+
+
 def environment(
     threads: int, scratch: Path, *, isa: str | None = None, lorimer: bool = False
 ) -> dict[str, str]:
     """A contestant's environment. `isa` limits torch, and with `lorimer` lorimer's kernels too."""
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     limits = dict(TORCH_LIMITS.get(isa or "", {}))
     if isa and lorimer:
         limits["LORIMER_ISA"] = isa

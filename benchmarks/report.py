@@ -177,8 +177,9 @@ def training_table(everything: Mapping[str, Any]) -> str:
     lines = [
         "",
         f"{settings['workload']}: {settings['about']}",
-        f"{settings['steps']} timed steps of {settings['batch']} rows after {settings['warmup']}, {settings['dtype']}, "
-        f"{settings['threads']} threads, median of {settings['rounds']} rounds" + _isa_text(settings),
+        f"{settings['steps']} timed steps of {settings['batch']} rows after {settings['warmup']}, "
+        f"{settings['dtype']}, {settings['threads']} threads, median of {settings['rounds']} rounds"
+        + _isa_text(settings),
         f"{'':<15}{'rows/s':>8}{'tokens/s':>10}{'peak GB':>9}{'load s':>8}{'first loss':>12}"
         f"{'last loss':>11}{'tokens':>8}{'trained':>9}   (tokens: first step)",
     ]

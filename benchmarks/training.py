@@ -32,13 +32,13 @@ from peers.job import Job, Result
 from workloads import WORKLOADS, Workload
 
 PEERS = {
-    "trl-default": "peers.trl_sft",
-    "trl-tuned": "peers.trl_sft",
-    "trl-packed": "peers.trl_sft",
-    "peft-loop": "peers.peft_loop",
-    "peft-compiled": "peers.peft_loop",
-    "torchtune": "peers.torchtune_recipe",
-    "llama-factory": "peers.llama_factory",
+    "trl-default": "trl_sft",
+    "trl-tuned": "trl_sft",
+    "trl-packed": "trl_sft",
+    "peft-loop": "peft_loop",
+    "peft-compiled": "peft_loop",
+    "torchtune": "torchtune_recipe",
+    "llama-factory": "llama_factory",
 }
 CONTESTANTS = ["lorimer", *PEERS]
 IN_FP32 = ("lorimer", "trl-default", "trl-tuned")
@@ -77,9 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--isa", help="lorimer's process gets this as LORIMER_ISA, and its torch no more")
     parser.add_argument("--peers-isa", choices=process.TORCH_LIMITS, help="the peers' torch gets no more")
-    parser.add_argument(
-        "--quick", action="store_true", help="one round of one small timed step after another"
-    )
+    parser.add_argument("--quick", action="store_true", help="one round of one small step after another")
     parser.add_argument("--rows", type=Path, default=process.ROWS, help="chat rows, JSON lines")
     parser.add_argument(
         "--gguf", type=Path, help="SmolLM2-135M-Instruct as GGUF; the pulled one if not given"
@@ -136,11 +134,11 @@ def compete(name: str, number: int, job: Job, gguf: Path, args: argparse.Namespa
     if name == "lorimer":
         command = lorimer_cli.command(job, str(gguf))
     else:
-        command = [args.pythons.get(name, sys.executable), "-m", PEERS[name], str(path)]
+        command = process.module_command(args.pythons.get(name, sys.executable), PEERS[name], str(path))
     isa = args.isa if name == "lorimer" else args.peers_isa
     env = process.environment(job.threads, scratch, isa=isa, lorimer=name == "lorimer")
     if name in PYTHONS:
-        env["PYTHONPATH"] = str(process.HERE)
+        env["PYTHONPATH"] = str(process.ROOT)
     started = time.perf_counter()
     code, peak, out = process.run_process(command, env, log, args.timeout)
     wall = time.perf_counter() - started

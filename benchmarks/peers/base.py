@@ -1,7 +1,7 @@
 """Make bases, as Hugging Face folders.
 
-    python -m peers.base FILE.gguf FOLDER              the peers' copy of the base
-    python -m peers.base FOLDER FOLDER WIDTH LAYERS    random weights of another size
+    python -m benchmarks.peers.base FILE.gguf FOLDER              the peers' copy of the base
+    python -m benchmarks.peers.base FOLDER FOLDER WIDTH LAYERS    random weights of another size
 
 transformers dequantises the GGUF file that lorimer trains on to float32, and it is saved so: the values
 are those that lorimer reads from the file.

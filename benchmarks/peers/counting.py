@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from peers.job import StepLog
+from .job import StepLog
 
 
 class Clock(TrainerCallback):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import lorimer
 from lorimer.generate.engine import generate_ids
 from lorimer.generate.sampling import Sampling
-from peers.generation_job import Ids, read_job, run
+
+from .generation_job import Ids, read_job, run
 
 
 def main() -> None:

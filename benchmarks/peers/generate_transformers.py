@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.generation_job import Ids, read_job, run
+from .generation_job import Ids, read_job, run
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from peers.counting import Clock, counted
-from peers.job import Job, StepLog, read_job
+from .counting import Clock, counted
+from .job import Job, StepLog, read_job
 
 TAGS = {
     "role_tag": "role",

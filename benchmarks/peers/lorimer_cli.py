@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peers.job import Job, Result
+from .job import Job, Result
 
 MAIN = "from lorimer.cli.app import main; main()"
 
@@ -33,7 +33,7 @@ def command(job: Job, base: str) -> list[str]:
     }
     path = scratch / "config.yaml"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return [sys.executable, "-c", MAIN, "train", str(path), f"train.max_steps={job.steps}"]
+    return [sys.executable, "-P", "-c", MAIN, "train", str(path), f"train.max_steps={job.steps}"]
 
 
 def result(job: Job, wall_seconds: float) -> Result:

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peers.job import Job, StepLog, read_examples, read_job
+from .job import Job, StepLog, read_examples, read_job
 
 # Letters: B rows computed at once, S tokens of the longest of them.
 Example = tuple[list[int], list[int]]

@@ -17,7 +17,9 @@ import torchtune
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from peers.job import Job, StepLog, read_examples, read_job
+from .job import Job, StepLog, read_examples, read_job
+
+HERE = "benchmarks.peers.torchtune_recipe"  # this module, as a config names it
 
 
 def recipe_class() -> type[Any]:
@@ -79,8 +81,11 @@ def model(job: Job) -> dict[str, Any]:
 def settings(job: Job) -> dict[str, Any]:
     return {
         "model": model(job),
-        "tokenizer": {"_component_": "peers.torchtune_recipe.PadId"},
-        "dataset": {"_component_": "peers.torchtune_recipe.Rows", "job": json.dumps(asdict(job))},
+        "tokenizer": {"_component_": "benchmarks.peers.torchtune_recipe.PadId"},
+        "dataset": {
+            "_component_": "benchmarks.peers.torchtune_recipe.Rows",
+            "job": json.dumps(asdict(job)),
+        },
         "shuffle": False,
         "batch_size": job.micro_rows,
         "gradient_accumulation_steps": job.batch // job.micro_rows,
@@ -92,7 +97,7 @@ def settings(job: Job) -> dict[str, Any]:
             "lr": job.learning_rate,
             "weight_decay": 0.0,
         },
-        "lr_scheduler": {"_component_": "peers.torchtune_recipe.constant"},
+        "lr_scheduler": {"_component_": f"{HERE}.constant"},
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
         "clip_grad_norm": 1.0,
         "checkpointer": {

@@ -9,8 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from peers.counting import Clock, counted
-from peers.job import Job, StepLog, read_job, read_rows, read_tokenizer
+from .counting import Clock, counted
+from .job import Job, StepLog, read_job, read_rows, read_tokenizer
 
 
 def settings(job: Job) -> dict[str, Any]:
