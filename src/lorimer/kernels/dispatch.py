@@ -83,9 +83,26 @@ class Dropout:
         return input_TI * self.pool_PI.index_select(0, self.picks_T)
 
 
-class _Project(torch.autograd.Function):
-    """y = (residual +) before(x) W^T (+ bias) + dropout(before(x)) A^T (s B)^T."""
+def _project(
+    input_TI: Tensor, residual_TO: Tensor | None, linear: Linear, before: Before, dropout: Dropout | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = (residual +) before(x) W^T (+ bias) + dropout(before(x)) A^T (s B)^T, and what a backward
+    needs: the norm's factor, and the input times A^T."""
+    rstd = down = None
+    states = input_TI
+    if isinstance(before, Norm):
+        states, rstd = _pointwise(input_TI).rms_norm(input_TI, before.weight_H, before.eps)
+    elif isinstance(before, Gate):
+        states = _pointwise(input_TI).gated(input_TI, "silu")
+    if linear.low_rank is not None:
+        down = products.down(dropout(states) if dropout else states, linear.low_rank)
+    output = linear.weight.forward(
+        states, bias_O=linear.bias_O, onto_TO=residual_TO, low_rank=linear.low_rank, down_TR=down
+    )
+    return output, rstd, down
 
+
+class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -98,18 +115,7 @@ class _Project(torch.autograd.Function):
         bias_O: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        rstd = None
-        states = input_TI
-        if isinstance(before, Norm):
-            states, rstd = _pointwise(input_TI).rms_norm(input_TI, before.weight_H, before.eps)
-        elif isinstance(before, Gate):
-            states = _pointwise(input_TI).gated(input_TI, "silu")
-        down = None
-        if linear.low_rank is not None:
-            down = products.down(dropout(states) if dropout else states, linear.low_rank)
-        output = linear.weight.forward(
-            states, bias_O=linear.bias_O, onto_TO=residual_TO, low_rank=linear.low_rank, down_TR=down
-        )
+        output, rstd, down = _project(input_TI, residual_TO, linear, before, dropout)
         ctx.linear, ctx.before, ctx.dropout, ctx.factors = linear, before, dropout, factors
         ctx.save_for_backward(input_TI, rstd, down)
         return output
@@ -196,6 +202,8 @@ def project(
     `factors` are the float32 parameters that gradients go to: the stacked A, then each B.
     `norm_parameter` and `bias_parameter` are given only when those are trained.
     """
+    if not torch.is_grad_enabled():
+        return _project(input_TI, residual_TO, linear, before, dropout)[0]
     result: Tensor = _Project.apply(  # type: ignore[no-untyped-call]
         input_TI, residual_TO, linear, before, dropout, norm_parameter, bias_parameter, *factors
     )
@@ -221,6 +229,8 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(states_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotary position embedding; see reference.rotate."""
+    if not torch.is_grad_enabled():
+        return _turned(states_TND, cos_TD, sin_TD)
     result: Tensor = _Rotate.apply(states_TND, cos_TD, sin_TD)  # type: ignore[no-untyped-call]
     return result
 
@@ -233,9 +243,7 @@ class _TurnAndAttend(torch.autograd.Function):
         ctx: Any, stacked_TS: Tensor, heads: Heads, turn: Turn, rows: Rows, scale: float, window: int | None
     ) -> Tensor:
         # Its producer keeps nothing of this buffer, and nothing else reads it before it has turned.
-        query, key, value = heads.parts(stacked_TS.detach())
-        elementwise.rotate_in_place(query, turn.cos_TF, turn.sin_TF)
-        elementwise.rotate_in_place(key, turn.cos_TF, turn.sin_TF)
+        query, key, value = turned(stacked_TS.detach(), heads, turn)
         output, lse = native_attention.forward(
             query, key, value, rows.offsets, rows.prefix, scale=scale, window=window
         )
@@ -260,8 +268,7 @@ class _TurnAndAttend(torch.autograd.Function):
             scale=scale,
             window=window,
         )
-        for part in heads.parts(grad)[:2]:
-            elementwise.rotate_in_place(part, turn.cos_TF, turn.sin_TF, backward=True)
+        elementwise.rotate_in_place(heads.turning(grad), turn.cos_TF, turn.sin_TF, backward=True)
         return grad, None, None, None, None, None
 
 
@@ -282,6 +289,12 @@ class Heads(NamedTuple):
         )
         return query, key, value
 
+    def turning(self, stacked_TS: Tensor) -> Tensor:
+        """Query and key, which turn alike, as one view [T, N + K, D]."""
+        heads = self.query + self.key_value
+        both: Tensor = stacked_TS[:, : heads * self.size].unflatten(-1, (heads, self.size))
+        return both
+
 
 class Turn(NamedTuple):
     """cos and sin [T, F] of each token's position."""
@@ -298,6 +311,16 @@ class Rows(Protocol):
 
     @property
     def prefix(self) -> int: ...
+
+
+def turned(stacked_TS: Tensor, heads: Heads, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key with their rotary embedding, and value, without gradients. The native kernel turns
+    them where they lie: whoever made them must not need them unturned."""
+    if usable(stacked_TS):
+        elementwise.rotate_in_place(heads.turning(stacked_TS), turn.cos_TF, turn.sin_TF)
+        return heads.parts(stacked_TS)
+    query, key, value = heads.parts(stacked_TS)
+    return _turned(query, *turn), _turned(key, *turn), value
 
 
 def attends(states: Tensor, heads: Heads) -> bool:

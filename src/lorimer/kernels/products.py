@@ -76,6 +76,14 @@ def forward(
     return output_TO
 
 
+def logits(states_MH: Tensor, head_VH: Tensor) -> Tensor:
+    """The head's products in float32, for choosing tokens: [M, V]."""
+    if usable(states_MH, head_VH):
+        out_MV = torch.empty((states_MH.shape[0], head_VH.shape[0]), dtype=torch.float32)
+        return matmul(states_MH, head_VH, b_turned=True, out=out_MV)
+    return (states_MH @ head_VH.t()).float()
+
+
 def input_grad(
     grad_TO: Tensor,
     weight_OI: Tensor,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorimer.kernels import dispatch
+from lorimer.kernels import dispatch, products
 from lorimer.kernels.dispatch import Before, Dropout, Gate, Heads, Linear, Norm, Turn
 from lorimer.model.attention import PackRows, attend, attend_cache
 from lorimer.model.cache import KVCache
@@ -197,8 +197,7 @@ class Decoder:
         hidden_BH = self.embed(ids_B)
         for number, layer in enumerate(self.layers):
             stacked = self._query_key_value(layer, hidden_BH, None)
-            query, key, value = self._heads.parts(stacked)
-            query, key = dispatch.rotate(query, *turn), dispatch.rotate(key, *turn)
+            query, key, value = dispatch.turned(stacked, self._heads, turn)
             cache.append(number, positions_B, key, value)
             mixed = attend_cache(
                 query,
@@ -229,7 +228,7 @@ class Decoder:
 
     def logits(self, hidden_MH: Tensor) -> Tensor:
         """Float32 logits [M, V] of hidden states that come from `hidden` or `next_hidden`."""
-        return (self.finish(hidden_MH) @ self.head_weight().to(self.dtype).t()).float()
+        return products.logits(self.finish(hidden_MH), self.head_weight().to(self.dtype))
 
     def projections(self) -> list[Projections]:
         return [group for layer in self.layers for group in layer.projections()]

@@ -24,7 +24,7 @@ from lorimer.kernels.native.build import HERE, LIBRARY, sources_hash
 REFERENCE = "reference"
 # Weakest first, with the bits of lorimer_processor that each needs.
 NEEDS = {"portable": 0, "avx2": 1, "avx512": 3, "avx512_bf16": 7, "amx": 15}
-BF16_NATIVE = ("avx512_bf16", "amx")
+TYPES = (torch.bfloat16, torch.float32)
 
 log = logging.getLogger("lorimer.kernels")
 
@@ -92,11 +92,13 @@ def active() -> str:
 
     Raises UserError if LORIMER_ISA names one that is not known or that is not here.
     """
-    return _forced[-1] if _forced else _from_environment(os.environ.get("LORIMER_ISA", ""))
+    return _forced[-1] if _forced else _from_environment()
 
 
 @cache
-def _from_environment(wanted: str) -> str:
+def _from_environment() -> str:
+    """What the process began with: looking it up for every call would cost more than some calls."""
+    wanted = os.environ.get("LORIMER_ISA", "")
     found = available()
     if not wanted:
         return found[-1] if found else REFERENCE
@@ -123,10 +125,12 @@ def using(isa: str) -> Iterator[None]:
 
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the native kernels take these: on the CPU, bf16 or fp32, and kernels are there."""
-    return active() != REFERENCE and all(
-        tensor is None or (tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16))
-        for tensor in tensors
-    )
+    if active() == REFERENCE:
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in TYPES):
+            return False
+    return True
 
 
 @cache
