@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorimer.config import RunConfig, config_from
+from lorimer.data.conversation import to_conversation
+from lorimer.data.rows import read_rows
 from lorimer.errors import (
     AdapterError,
     ConfigError,
@@ -174,6 +178,18 @@ def test_resume_refuses_other_settings_and_other_data(settings: dict[str, Any], 
         train(None, resume=run)
 
 
+def test_resume_refuses_another_base(settings: dict[str, Any], tmp_path: Path, base: Path) -> None:
+    own = shutil.copytree(base, tmp_path / "own")
+    with pytest.raises(Interrupted):
+        train(config(settings | {"base": str(own)}), reporter=StopAfter(2))
+    file = own / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 0.01
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match="the base is not what this run was begun with"):
+        train(None, resume=tmp_path / "runs/run")
+
+
 def test_resume_takes_more_epochs(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(config(settings, train__lr_scheduler="constant"), reporter=StopAfter(2))
@@ -199,6 +215,9 @@ def test_a_damaged_checkpoint_is_passed_over(settings: dict[str, Any], tmp_path:
 
     train(None, resume=cut, reporter=Notes())
     assert any("damaged" in note for note in notes)
+    # It went back to step 4: the line of step 5, which was there already, is there once.
+    assert [line["step"] for line in metrics(cut)] == list(range(1, 9))
+    assert losses(cut) == losses(whole)
     assert weights(cut) == weights(whole)
 
 
@@ -229,13 +248,50 @@ def test_early_stopping_keeps_the_best_adapter(settings: dict[str, Any], tmp_pat
     assert read_adapter(run.adapter).ours["step"] == best["step"]
 
 
-def test_the_valid_loss_is_that_of_the_model_that_is_kept(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_adapter_is_proved_and_kept_though_it_is_not_the_last(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    """Validation losses that are best after 2 of 4 steps; the best one survives a stop after it."""
+    told = iter([3.0, 1.0, 2.0, 1.5])
+
+    class Told(loop_module.Session):
+        def evaluate(self) -> None:
+            worth = next(told)
+            trained = self.valid_packs[0].trained_tokens
+            with pytest.MonkeyPatch.context() as patch:
+                each = torch.full((trained,), worth)
+                patch.setattr(loop_module, "pack_losses", lambda *given: each)
+                super().evaluate()
+
+    monkeypatch.setattr(loop_module, "Session", Told)
+    rows = {
+        f"data__{name}": str(write_rows(tmp_path / f"{name}.jsonl", 1, seed=7))
+        for name in ("valid", "test")
+    }
+    chosen = config(settings, train__eval_every=1, train__max_steps=4, **rows)
+    if resumed:
+        with pytest.raises(Interrupted):
+            train(chosen, reporter=StopAfter(3))
+    result = train(chosen, resume=tmp_path / "runs/run" if resumed else None)
+    assert result.valid_loss == 1.0
+    assert read_adapter(result.adapter).ours["step"] == 2
+    assert json.loads((result.path / "run.json").read_text())["best_step"] == 2
+    # What was proved is what lies in the folder.
+    model = load(result.path, dtype="fp32")
+    (row,) = read_rows(tmp_path / "test.jsonl")
+    (nats,) = model.token_losses([model.template.encode(to_conversation(row))])
+    assert result.after is not None
+    assert result.after.rows[0].loss_sum == pytest.approx(float(nats.sum()), rel=1e-6)
+
+
+def test_the_valid_loss_is_that_of_the_model_that_is_kept(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "MICRO_BATCH_TOKENS", 90)  # several packs of validation rows
     valid = write_rows(tmp_path / "valid.jsonl", 5, seed=7)
     run = train(config(settings, data__valid=str(valid)))
     model = load(run.path, dtype="fp32")
-    from lorimer.data.conversation import to_conversation
-    from lorimer.data.rows import read_rows
-
     examples = [model.template.encode(to_conversation(row)) for row in read_rows(valid)]
     rows = model.token_losses(examples)
     mean = sum(float(row.sum()) for row in rows) / sum(len(row) for row in rows)
@@ -256,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
         return (loss * float("nan") if calls == 3 else loss), each
 
     monkeypatch.setattr(step_module, "pack_loss", broken)
-    with pytest.raises(DivergenceError, match=r"nan at step 3, in .*train\.jsonl:\d+"):
+    with pytest.raises(DivergenceError, match=r"the loss is nan at step 3, in .*train\.jsonl:\d+"):
         train(config(settings, output__save_every=1))
     record = json.loads((tmp_path / "runs/run/run.json").read_text())
     assert record["status"] == "failed"
