@@ -92,13 +92,15 @@ def test_a_grid_gives_every_token_back(prefix: int, lengths: list[int]) -> None:
     assert torch.equal(back, tokens)
 
 
-def test_gradients_by_autograd_in_float64() -> None:
+@pytest.mark.parametrize("window", [None, 12, 5])
+def test_gradients_by_autograd_in_float64(window: int | None) -> None:
+    """Windows that end within the prefix, and within the row's own tokens."""
     from lorimer.model.attention import attend
 
     groups = group_rows([3, 5, 5, 30], CPU, 9)
     leaves = [torch.randn(9 + 43, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     weight = torch.randn(9 + 43, 16, dtype=torch.float64)
-    (attend(*leaves, groups, scale=0.5, window=None) * weight).sum().backward()
+    (attend(*leaves, groups, scale=0.5, window=window) * weight).sum().backward()
     mine = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
     starts = [9, 12, 17, 22, 52]
     copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -106,9 +108,12 @@ def test_gradients_by_autograd_in_float64() -> None:
     for number, (first, last) in enumerate(itertools.pairwise(starts)):
         index = torch.cat([torch.arange(9), torch.arange(first, last)])
         grids = [copy[index].transpose(0, 1).unsqueeze(0) for copy in copies]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            *grids, is_causal=True, scale=0.5, enable_gqa=True
-        )[0].transpose(0, 1)
+        seen = torch.ones(len(index), len(index), dtype=torch.bool).tril()
+        if window is not None:
+            seen &= ~seen.tril(-window)
+        out = torch.nn.functional.scaled_dot_product_attention(*grids, seen, scale=0.5, enable_gqa=True)[
+            0
+        ].transpose(0, 1)
         flat = out.flatten(1) * weight[index]
         total = total + (flat if number == 0 else flat[9:]).sum()
     total.backward()

@@ -92,6 +92,18 @@ def test_a_run_leaves_what_its_folder_promises(settings: dict[str, Any]) -> None
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+@pytest.mark.trap(2)
+@pytest.mark.trap(8)
+def test_an_epoch_trains_each_answer_and_its_end_of_turn_and_nothing_else(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The tiny base has a token for each byte, and one for the end of a turn."""
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    lines = metrics(train(config(settings, train__epochs=1)).path)
+    assert sum(line["trained_tokens"] for line in lines) == sum(len(row[1]["content"]) + 1 for row in rows)
+    assert sum(line["rows"] for line in lines) == len(rows)
+
+
 @pytest.mark.trap(12)
 @pytest.mark.trap(17)
 @pytest.mark.parametrize(
