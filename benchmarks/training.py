@@ -98,7 +98,9 @@ def parse() -> argparse.Namespace:
     workload = WORKLOADS[args.workload]
     if args.quick:
         args.rounds, args.steps, args.warmup = 1, 1, 1
-        workload = replace(workload, batch=min(workload.batch, 8), packs=max(1, workload.packs // 2))
+        batch = min(workload.batch, 8)
+        micro_rows, packs = min(workload.micro_rows, batch), max(1, workload.packs // 2)
+        workload = replace(workload, batch=batch, micro_rows=micro_rows, packs=packs)
     args.plan = workload
     args.steps = workload.steps if args.steps is None else args.steps
     args.warmup = workload.warmup if args.warmup is None else args.warmup
