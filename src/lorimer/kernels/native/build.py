@@ -31,6 +31,8 @@ FLAGS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# The kernels for AMX on a tile unit in plain C++, for tests on processors that have none.
+EMULATED_TILES = {"amx": [*FLAGS["avx512_bf16"], "-DLORIMER_TILES_EMULATED"]}
 # Which of them make a difference to a kernel; the others use the one before.
 VARIANTS = {
     "matmul.cpp": list(FLAGS),
@@ -68,21 +70,25 @@ def find_compiler() -> str:
     raise CannotBuild(f"no C++ compiler was found ({wanted or 'c++, g++, clang++'})")
 
 
-def build(out: Path = HERE, *, sanitize: bool = False) -> Path:
-    """Compile into `out`; returns the library's path. Raises CannotBuild, and then changes nothing."""
+def build(out: Path = HERE, *, sanitize: bool = False, emulate_tiles: bool = False) -> Path:
+    """Compile into `out`; returns the library's path. Raises CannotBuild, and then changes nothing.
+
+    With `emulate_tiles` there are only the kernels for AMX, and they run without it, slowly.
+    """
     if platform.system() not in ("Linux", "Darwin"):
         raise CannotBuild(f"native kernels are not built on {platform.system()}")
     compiler = find_compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = list(FLAGS) if x86 else ["portable"]
+    flags_of = EMULATED_TILES if emulate_tiles else FLAGS
+    isas = list(flags_of) if x86 else ["portable"]
     optimise = SANITIZERS if sanitize else ["-O3"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        isas = [isa for isa in isas if _accepts(compiler, FLAGS[isa], folder)]
+        isas = [isa for isa in isas if _accepts(compiler, flags_of[isa], folder)]
         jobs = [("library.cpp", "", [f'-DLORIMER_SOURCES="{sources_hash()}"'])]
         for source, variants in VARIANTS.items():
             jobs += [
-                (source, isa, [*FLAGS[isa], f"-DLORIMER_ISA={isa}"]) for isa in variants if isa in isas
+                (source, isa, [*flags_of[isa], f"-DLORIMER_ISA={isa}"]) for isa in variants if isa in isas
             ]
 
         def compile_one(job: tuple[str, str, list[str]]) -> Path:

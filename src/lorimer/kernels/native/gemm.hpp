@@ -6,10 +6,18 @@
 // loop loads a few vectors of B, and for each row of A repeats one unit in all lanes. B is packed as
 // it is used, from the weight as it lies: that costs about one part in a hundred at 500 rows, and no
 // second copy of a weight is ever kept.
+//
+// Where pairs are multiplied natively, by vectors or by tiles, the processor takes denormals (below
+// 2^-126) for zero, as operands and as sums.
 #pragma once
 
 #include "parallel.hpp"
 #include "vector.hpp"
+
+#if defined(__AMX_BF16__) || defined(LORIMER_TILES_EMULATED)
+#include "tiles.hpp"
+#define LORIMER_TILES 1
+#endif
 
 namespace {
 
@@ -71,20 +79,20 @@ inline __attribute__((always_inline)) void accumulate(Vector (&sums)[ROWS][2], c
   }
 }
 
-// A block's sums to or from memory: [ROWS][stride] floats.
+// A block's sums put into memory, [ROWS][stride] floats, or added to what is there. They begin at zero
+// either way: a sum of sums loses less than one long sum.
 template <bool PAIRED, int ROWS>
 void block_to_floats(const Stretch& part, float* out, int64_t stride, bool onto) {
   Vector sums[ROWS][2];
 #pragma GCC unroll 14
-  for (int i = 0; i < ROWS; ++i) {
-    sums[i][0] = onto ? load(out + i * stride) : zero();
-    sums[i][1] = onto ? load(out + i * stride + WIDTH) : zero();
-  }
+  for (int i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = zero();
   accumulate<PAIRED, ROWS>(sums, part);
 #pragma GCC unroll 14
   for (int i = 0; i < ROWS; ++i) {
-    store(out + i * stride, sums[i][0]);
-    store(out + i * stride + WIDTH, sums[i][1]);
+    float* left = out + i * stride;
+    float* right = left + WIDTH;
+    store(left, onto ? add(sums[i][0], load(left)) : sums[i][0]);
+    store(right, onto ? add(sums[i][1], load(right)) : sums[i][1]);
   }
 }
 
@@ -103,6 +111,101 @@ inline BlockToFloats block_to_floats_of(int rows) {
 #undef LORIMER_ROWS
   return table[rows - 1];
 }
+
+// --- what multiplies blocks ------------------------------------------------------------------------
+
+// The unit that multiplies elements of this kind: how many rows it takes at a time, and the product
+// of such a block with a panel, added to floats in memory or put there. `Use` must be alive in the
+// thread meanwhile.
+template <bool PAIRED>
+struct Unit {
+  static constexpr int64_t ROWS = MOST_ROWS;
+  struct Use {
+    Use() {}
+  };
+  // Blocks of about one size: a last one of a few rows would leave registers empty.
+  static int64_t next(int64_t left) { return ceil_div(left, ceil_div(left, ROWS)); }
+  static void run(int64_t rows, const Stretch& part, float* out, int64_t stride, bool onto) {
+    block_to_floats_of<PAIRED>(static_cast<int>(rows))(part, out, stride, onto);
+  }
+};
+
+#if defined(LORIMER_TILES)
+// A tile from memory. Where it does not lie there whole, through a copy that has zeros for the rest:
+// what follows a row may be NaN, and what follows the last row may be no memory.
+template <int TILE>
+inline void load_tile(const char* from, int64_t stride, int64_t rows, int64_t units, float* copy) {
+  if (rows >= TILE_ROWS && units >= TILE_UNITS) return tile_load<TILE>(from, stride);
+  for (int64_t i = 0; i < TILE_ROWS; ++i)
+    store(copy + i * TILE_UNITS,
+          i < rows ? load_upto(reinterpret_cast<const float*>(from + i * stride), units) : zero());
+  tile_load<TILE>(copy, TILE_BYTES);
+}
+
+template <int TILE>
+inline void load_sums(const float* from, int64_t stride, int64_t rows, bool onto, float* copy) {
+  if (onto) load_tile<TILE>(reinterpret_cast<const char*>(from), stride * 4, rows, TILE_UNITS, copy);
+  else tile_zero<TILE>();
+}
+
+template <int TILE>
+inline void store_sums(float* to, int64_t stride, int64_t rows, float* copy) {
+  if (rows >= TILE_ROWS) return tile_store<TILE>(to, stride * 4);
+  tile_store<TILE>(copy, TILE_BYTES);
+  for (int64_t i = 0; i < rows; ++i) store(to + i * stride, load(copy + i * TILE_UNITS));
+}
+
+// As block_to_floats, with the sums in two tiles side by side, or in four.
+template <bool TALL>
+void tiles_to_floats(int64_t rows, const Stretch& part, float* out, int64_t stride, bool onto) {
+  constexpr int UPPER = 4, LOWER = 5, LEFT = 6, RIGHT = 7;
+  alignas(64) float copy[TILE_ROWS * TILE_UNITS];
+  const int64_t below = rows - TILE_ROWS;
+  float* lower_out = out + TILE_ROWS * stride;
+  load_sums<0>(out, stride, rows, onto, copy);
+  load_sums<1>(out + TILE_UNITS, stride, rows, onto, copy);
+  if (TALL) {
+    load_sums<2>(lower_out, stride, below, onto, copy);
+    load_sums<3>(lower_out + TILE_UNITS, stride, below, onto, copy);
+  }
+  for (int64_t unit = 0; unit < part.units; unit += TILE_UNITS) {
+    const int64_t units = part.units - unit;
+    const char* a = part.a + unit * 4;
+    const char* b = reinterpret_cast<const char*>(part.panel + unit * PANEL);
+    load_tile<UPPER>(a, part.stride, rows, units, copy);
+    load_tile<LEFT>(b, PANEL * 4, units, TILE_UNITS, copy);
+    tile_multiply<0, UPPER, LEFT>();
+    load_tile<RIGHT>(b + TILE_BYTES, PANEL * 4, units, TILE_UNITS, copy);
+    tile_multiply<1, UPPER, RIGHT>();
+    if (TALL) {
+      load_tile<LOWER>(a + TILE_ROWS * part.stride, part.stride, below, units, copy);
+      tile_multiply<2, LOWER, LEFT>();
+      tile_multiply<3, LOWER, RIGHT>();
+    }
+  }
+  store_sums<0>(out, stride, rows, copy);
+  store_sums<1>(out + TILE_UNITS, stride, rows, copy);
+  if (TALL) {
+    store_sums<2>(lower_out, stride, below, copy);
+    store_sums<3>(lower_out + TILE_UNITS, stride, below, copy);
+  }
+}
+
+template <>
+struct Unit<true> {
+  static constexpr int64_t ROWS = 2 * TILE_ROWS;
+  // An open tile unit makes every change of threads dearer, and its shapes are not the next user's.
+  struct Use {
+    Use() { tile_configure(whole_tiles()); }
+    ~Use() { tile_release(); }
+  };
+  static int64_t next(int64_t left) { return smaller(left, ROWS); }
+  static void run(int64_t rows, const Stretch& part, float* out, int64_t stride, bool onto) {
+    if (rows > TILE_ROWS) tiles_to_floats<true>(rows, part, out, stride, onto);
+    else tiles_to_floats<false>(rows, part, out, stride, onto);
+  }
+};
+#endif
 
 // --- packing --------------------------------------------------------------------------------------
 

@@ -56,8 +56,10 @@ inline void weigh_row(float* z, int64_t columns, int64_t tile, int64_t i, bool f
   if (first_tile) share.reference[i] = top;
   if (top > share.reference[i] + SLACK) {
     const Vector factor = exp(set(share.reference[i] - top));
-    for (float* sums = share.sums + i * width; sums; sums = sums == share.recent + i * width ? nullptr : share.recent + i * width)
-      for (int64_t j = 0; gradient && j < width; j += WIDTH) store(sums + j, mul(load(sums + j), factor));
+    float* const both[] = {share.sums, share.recent};
+    for (float* sums : both)
+      for (int64_t j = i * width; gradient && j < (i + 1) * width; j += WIDTH)
+        store(sums + j, mul(load(sums + j), factor));
     share.total[i] *= static_cast<double>(sum(factor) / WIDTH);
     share.reference[i] = top;
   }
@@ -74,6 +76,8 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
            const Share& share) {
   constexpr bool PAIRED = Sizes<T>::PAIRED;
   constexpr int64_t TILE = Sizes<T>::TILE;
+  using Blocks = Unit<PAIRED>;
+  const typename Blocks::Use use;
   const T* head = static_cast<const T*>(job.head);
   const T* hidden = static_cast<const T*>(job.hidden) + start * job.stride;
   const int64_t units = units_of<T>(job.h), back_units = units_of<T>(TILE);
@@ -102,13 +106,11 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
     for (int64_t j = 0; j < TILE; j += PANEL)
       if (j < columns)
         pack_columns(head + (tile + j) * job.h, job.h, job.h, smaller<int64_t>(PANEL, columns - j), forward + j * units);
-    int64_t blocks = ceil_div(count, MOST_ROWS), at = 0;
-    for (; blocks > 0; --blocks) {
-      const int64_t block = ceil_div(count - at, blocks);
-      const BlockToFloats run = block_to_floats_of<PAIRED>(static_cast<int>(block));
+    for (int64_t at = 0, block; at < count; at += block) {
+      block = Blocks::next(count - at);
       for (int64_t j = 0; j < columns; j += PANEL)
-        run({rows + at * row_bytes, row_bytes, forward + j * units, units}, logits + at * TILE + j, TILE, false);
-      at += block;
+        Blocks::run(block, {rows + at * row_bytes, row_bytes, forward + j * units, units}, logits + at * TILE + j, TILE,
+                    false);
     }
     for (int64_t i = 0; i < count; ++i) {
       float* z = logits + i * TILE;
@@ -127,13 +129,11 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
         for (int64_t j = 0; j < job.h; ++j) share.head_sum[j] += widen(head[(tile + k) * job.h + j]);
     const char* p = PAIRED ? reinterpret_cast<const char*>(narrow_p) : reinterpret_cast<const char*>(logits);
     const int64_t p_bytes = TILE * (PAIRED ? 2 : 4);
-    at = 0;
-    for (blocks = ceil_div(count, MOST_ROWS); blocks > 0; --blocks) {
-      const int64_t block = ceil_div(count - at, blocks);
-      const BlockToFloats run = block_to_floats_of<PAIRED>(static_cast<int>(block));
+    for (int64_t at = 0, block; at < count; at += block) {
+      block = Blocks::next(count - at);
       for (int64_t j = 0; j < job.h; j += PANEL)
-        run({p + at * p_bytes, p_bytes, backward + j * back_units, here}, share.recent + at * width + j, width, true);
-      at += block;
+        Blocks::run(block, {p + at * p_bytes, p_bytes, backward + j * back_units, here}, share.recent + at * width + j,
+                    width, true);
     }
     if (++since < TOGETHER && tile + TILE < last_row) continue;
     since = 0;

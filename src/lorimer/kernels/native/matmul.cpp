@@ -110,6 +110,7 @@ inline bool must_copy(const Operand& a, int64_t k) {
 
 template <class T>
 inline Rows rows_of(const Operand& a, int64_t row, int64_t rows, int64_t k, int slot) {
+  if (!k) return {"", 0};  // nothing is read, and there may be no memory to point to
   const T* at = static_cast<const T*>(a.at);
   if (!must_copy<T>(a, k))
     return {reinterpret_cast<const char*>(at + row * a.stride), a.stride * static_cast<int64_t>(sizeof(T))};
@@ -124,6 +125,7 @@ template <class T>
 void multiply_part(const Product& p, int64_t row, int64_t rows, int64_t first_panel, int64_t last_panel) {
   constexpr bool PAIRED = PAIRS && sizeof(T) == 2;
   constexpr int64_t PER = PAIRED ? 2 : 1;
+  using Blocks = Unit<PAIRED>;
   const int64_t units = units_of<T>(p.k), units2 = units_of<T>(p.k2);
   const int64_t cut = larger<int64_t>(1, ceil_div(units, larger<int64_t>(1, ceil_div(units, MOST_UNITS))));
   const int64_t panel_floats = (cut + units2) * PANEL;
@@ -135,11 +137,12 @@ void multiply_part(const Product& p, int64_t row, int64_t rows, int64_t first_pa
   const bool carried = cut < units;
   const bool aliased = a.stride % ALIASED == 0 && rows > 1;
   const int64_t tidy = cut + 16;
-  float* tidied = aliased ? scratch<float>(BLOCK, MOST_ROWS * tidy) : nullptr;
-  float* partial = scratch<float>(PARTIAL, carried ? rows * group * PANEL : MOST_ROWS * PANEL);
+  float* tidied = aliased ? scratch<float>(BLOCK, Blocks::ROWS * tidy) : nullptr;
+  float* partial = scratch<float>(PARTIAL, carried ? rows * group * PANEL : Blocks::ROWS * PANEL);
   for (int64_t start = first_panel; start < last_panel; start += group) {
     const int64_t count = smaller(group, last_panel - start);
-    for (int64_t unit = 0; unit < units; unit += cut) {
+    // Once where K is empty, too: the sum is zero then, and the rest of the product is not.
+    for (int64_t unit = 0; unit == 0 || unit < units; unit += cut) {
       const bool last = unit + cut >= units;
       Stretch parts[2];
       struct Extent { int64_t unit, units, unit2, units2; };
@@ -166,10 +169,8 @@ void multiply_part(const Product& p, int64_t row, int64_t rows, int64_t first_pa
                  panel + cut * PANEL);
         }
       }
-      int64_t blocks = ceil_div(rows, MOST_ROWS), block_row = 0;
-      for (; blocks > 0; --blocks) {
-        const int64_t block = ceil_div(rows - block_row, blocks);
-        const BlockToFloats run = block_to_floats_of<PAIRED>(static_cast<int>(block));
+      for (int64_t block_row = 0, block; block_row < rows; block_row += block) {
+        block = Blocks::next(rows - block_row);
         Rows here = {a.at + block_row * a.stride + unit * 4, a.stride};
         if (aliased) {
           for (int64_t i = 0; i < block; ++i)
@@ -182,17 +183,16 @@ void multiply_part(const Product& p, int64_t row, int64_t rows, int64_t first_pa
           float* sums = carried ? partial + block_row * group * PANEL + j * PANEL : partial;
           const int64_t stride = carried ? group * PANEL : PANEL;
           parts[0] = {here.at + (extent.unit - unit) * 4, here.stride, panel, extent.units};
-          run(parts[0], sums, stride, unit > 0);
+          Blocks::run(block, parts[0], sums, stride, unit > 0);
           if (extent.units2) {
             parts[1] = {a2.at + block_row * a2.stride + extent.unit2 * 4, a2.stride, panel + cut * PANEL,
                         extent.units2};
-            run(parts[1], sums, stride, true);
+            Blocks::run(block, parts[1], sums, stride, true);
           }
           const int64_t column = (start + j) * PANEL;
           if (last)
             finish<T>(p, sums, stride, row + block_row, block, column, smaller<int64_t>(PANEL, p.n - column));
         }
-        block_row += block;
       }
     }
   }
@@ -287,8 +287,9 @@ void multiply_few(const Product& p, int threads) {
 
 template <class T>
 void multiply(const Product& p, int threads) {
+  if (static_cast<double>(p.m) * p.n * (p.k + p.k2) < 2e5) threads = 1;
   const bool in_place = !p.a.turned && p.b.turned && (!p.k2 || (!p.a2.turned && p.b2.turned));
-  if (in_place && p.m <= FEW_ROWS && !p.c_turned) {
+  if (in_place && p.k && p.m <= FEW_ROWS && !p.c_turned) {
 #if defined(LORIMER_PAIRS)
     if (sizeof(T) == 2) {
       multiply_few<bf16, PairLoader, true>(p, threads);
@@ -298,9 +299,9 @@ void multiply(const Product& p, int threads) {
     multiply_few<T, PlainLoader<T>, false>(p, threads);
     return;
   }
-  if (static_cast<double>(p.m) * p.n * (p.k + p.k2) < 2e5) threads = 1;
+  using Blocks = Unit<PAIRS && sizeof(T) == 2>;
   const int64_t panels = ceil_div(p.n, PANEL);
-  const bool by_rows = panels < 4 * threads && p.m >= 2 * MOST_ROWS * threads;
+  const bool by_rows = panels < 4 * threads && p.m >= 2 * Blocks::ROWS * threads;
   const bool copies = must_copy<T>(p.a, p.k) || (p.k2 && must_copy<T>(p.a2, p.k2));
   const int64_t columns_parts = by_rows ? 1 : smaller<int64_t>(threads, panels);
   const int64_t row_parts = by_rows ? threads : 1;
@@ -309,6 +310,7 @@ void multiply(const Product& p, int threads) {
     const int64_t first_row = p.m * rp / row_parts, last_row = p.m * (rp + 1) / row_parts;
     const int64_t first_panel = panels * cp / columns_parts, last_panel = panels * (cp + 1) / columns_parts;
     const int64_t step = copies ? COPIED_ROWS : larger<int64_t>(1, last_row - first_row);
+    const typename Blocks::Use use;
     for (int64_t row = first_row; row < last_row; row += step)
       multiply_part<T>(p, row, smaller(step, last_row - row), first_panel, last_panel);
   });
