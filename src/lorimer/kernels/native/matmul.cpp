@@ -13,7 +13,7 @@ constexpr int64_t MOST_GROUP = 64;
 // Longer sums are cut, and carried on from memory: a panel should not fill the second cache alone.
 constexpr int64_t MOST_UNITS = 1024;
 // Rows that lie a multiple of this apart fall into the same few sets of the first cache.
-constexpr int64_t ALIASED = 2048;
+constexpr int64_t ALIASED = 4096;
 // Rows of A that are copied at a time, where it cannot be read as it lies.
 constexpr int64_t COPIED_ROWS = 256;
 // Up to so many rows, dot products with the weight as it lies beat packing it.
