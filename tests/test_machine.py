@@ -203,7 +203,10 @@ FINE = Machine(
 
 
 def checks_of(found: Machine, tmp_path: Path) -> dict[str, Check]:
-    return {item.name: item for item in check(found, home=tmp_path / "home", work=tmp_path, kernels=Kernels(True, "native"))}
+    return {
+        item.name: item
+        for item in check(found, home=tmp_path / "home", work=tmp_path, kernels=Kernels(True, "native"))
+    }
 
 
 def test_a_good_machine_has_nothing_to_fix(tmp_path: Path) -> None:
@@ -245,6 +248,11 @@ def test_a_gpu_with_bf16_makes_up_for_the_cpu(tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_written_block(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    checks = {item.name: item for item in check(FINE, home=tmp_path / "file/x", work=tmp_path / "file/y", kernels=Kernels(False, "none"))}
+    checks = {
+        item.name: item
+        for item in check(
+            FINE, home=tmp_path / "file/x", work=tmp_path / "file/y", kernels=Kernels(False, "none")
+        )
+    }
     assert checks["bases"].level == checks["runs"].level == "block"
     assert "LORIMER_HOME" in (checks["bases"].fix or "")
