@@ -75,7 +75,8 @@ def environment(
     threads: int, scratch: Path, *, isa: str | None = None, lorimer: bool = False
 ) -> dict[str, str]:
     """A contestant's environment. `isa` limits torch, and with `lorimer` lorimer's kernels too."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [str(ROOT), *map(os.path.abspath, given)]
     limits = dict(TORCH_LIMITS.get(isa or "", {}))
     if isa and lorimer:
         limits["LORIMER_ISA"] = isa
@@ -97,10 +98,11 @@ def run_process(
 ) -> tuple[int, int, str]:
     """Exit code, peak resident memory in bytes as the kernel counted it, and what went to stdout.
 
-    The peak is that of the whole process from its start, the same number as VmHWM at its end.
+    It runs in the log's folder, because some peers put the current one on their path. The peak is that
+    of the whole process from its start, the same number as VmHWM at its end.
     """
     with log.with_suffix(".out").open("w+b") as out, log.open("wb") as err:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=err)
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=err, cwd=log.parent)
         timer = threading.Timer(timeout, process.kill)
         timer.start()
         _, status, usage = os.wait4(process.pid, 0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -110,7 +111,7 @@ def parse() -> argparse.Namespace:
     if len(given) < len(args.python) or not given.keys() <= PYTHONS.keys():
         parser.error(f"--python takes PEER=PATH for {', '.join(PYTHONS)}")
     # Not resolved: the interpreter of an environment is a link, and its folder is what counts.
-    args.pythons = {name: str(given.get(name, path)) for name, path in PYTHONS.items()}
+    args.pythons = {name: os.path.abspath(given.get(name, path)) for name, path in PYTHONS.items()}
     args.contestants, args.left_out = choose(args)
     return args
 
