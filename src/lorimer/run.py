@@ -8,6 +8,7 @@ samples.jsonl   held-out answers before and after
 eval/           before.json, after.json
 checkpoints/    step-000100/ and so on
 adapter/        the best adapter
+profile/        with `train --profile`: table.json, trace.json
 report.html     all of it on one page
 """
 
@@ -68,6 +69,10 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"

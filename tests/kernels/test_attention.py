@@ -184,6 +184,19 @@ def test_a_rows_values_stay_in_it(value: float, dtype: torch.dtype, isa: str) ->
 
 @isas
 @types
+def test_a_hidden_key_counts_nothing_however_large(dtype: torch.dtype, isa: str) -> None:
+    case = Case((40,), 3)
+    plain, large = work_for(case, dtype), work_for(case, dtype)
+    plain.stacked[42, -3 * 64 :], large.stacked[42, -3 * 64 :] = 0.0, 1e36  # the last token's values
+    plain.grad[42], large.grad[42] = 0.0, 0.0
+    before, after = native(case, plain, isa), native(case, large, isa)
+    assert torch.equal(before[0][:42], after[0][:42])
+    assert torch.equal(before[2], after[2])
+    assert not after[2][42].any()
+
+
+@isas
+@types
 def test_a_rows_place_in_the_pack_does_not_matter(dtype: torch.dtype, isa: str) -> None:
     case, turned = Case((17, 64, 140), 5), Case((140, 17, 64), 5)
     work = work_for(case, dtype)

@@ -25,6 +25,13 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run: its folder, its name, or last.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where a step's time goes, and write a trace.")
+    ] = False,
+    profile_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Profile so many steps in place of 5.", show_default=False),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, and progress to stderr.")
     ] = False,
@@ -35,15 +42,21 @@ def train(
 
     Example: lorimer train --resume last
 
+    Example: lorimer train home.yaml --profile
+
+    A profile takes 5 steps after 2 to warm up, and the run goes on.
+
     `lorimer config explain` lists the settings. Ctrl-C saves and says how to go on.
     """
     from lorimer.cli.progress import open_progress
     from lorimer.train.loop import train as run_training
+    from lorimer.train.profile import DEFAULT_STEPS
 
     given = [text for text in (config, *(settings or [])) if text is not None]
     chosen = read_settings(given, resume)
+    steps = profile_steps or (DEFAULT_STEPS if profile else None)
     with open_progress(sys.stderr if json else None) as reporter:
-        result = run_training(chosen, resume=resume, reporter=reporter)
+        result = run_training(chosen, resume=resume, reporter=reporter, profile=steps)
     if json:
         typer.echo(json_text.dumps(summary(result), indent=2))
 

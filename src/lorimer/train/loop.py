@@ -26,9 +26,12 @@ from lorimer.data.prepare import Prepared, prepare
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.data.tokenizer import Tokenizer
 from lorimer.errors import AdapterError, ConfigError, Interrupted, LorimerError
+from lorimer.evaluate.facts import short_path
 from lorimer.evaluate.report import write_report
 from lorimer.evaluate.run import Comparison, Scores, changed_answers, compare_scores, evaluate_rows
 from lorimer.generate.model import Model
+from lorimer.kernels import trace
+from lorimer.kernels.native.library import usable
 from lorimer.lora.adapter import (
     attach_adapter,
     fill_adapter,
@@ -47,6 +50,7 @@ from lorimer.storage import check_writable, write_file
 from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
 from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
 from lorimer.train.optimizer import AdamW
+from lorimer.train.profile import VIEWERS, Profile, table_text
 from lorimer.train.schedule import learning_rate, warmup_steps
 from lorimer.train.step import StepResult, train_step
 from lorimer.train.trackers import Trackers, open_trackers
@@ -70,13 +74,18 @@ class RunResult:
 
 
 def train(
-    config: RunConfig | None, *, resume: str | Path | None = None, reporter: Reporter | None = None
+    config: RunConfig | None,
+    *,
+    resume: str | Path | None = None,
+    reporter: Reporter | None = None,
+    profile: int | None = None,
 ) -> RunResult:
     """Train an adapter as the settings say, and prove it on the held-out rows if there are any.
 
     `resume` names a run (its folder, its name, or "last") that goes on from its newest whole
-    checkpoint; `config` may then be None or change what may change. Raises the errors of
-    lorimer.errors; Interrupted after Ctrl-C, once the state is saved.
+    checkpoint; `config` may then be None or change what may change. `profile` is a number of steps
+    whose time is explained. Raises the errors of lorimer.errors; Interrupted after Ctrl-C, once the
+    state is saved.
     """
     reporter = reporter or Silent()
     run, config = (None, config) if resume is None else resumed_run(config, resume)
@@ -84,17 +93,21 @@ def train(
         raise ConfigError("there are no settings to train with", fix="Give a config file.")
     check_writable(Path(config.output.dir))
     session = Session(config, reporter)
+    if profile is not None:
+        session.plan_profile(profile, run)
     session.open_folder(run)
     try:
         session.restore_if_any(resuming=run is not None)
         session.announce()
         with interruptible() as stop:
             for step in range(session.progress.step, session.stream.total_steps):
+                session.profile_begins()
                 session.one_step(step)
                 if session.evaluation_due(step):
                     session.evaluate()
                 if session.save_due(step) or stop.asked or session.exhausted:
                     session.save()
+                session.profile_ends(last=stop.asked or session.exhausted)
                 if session.exhausted:
                     break
                 if stop.asked and step + 1 < session.stream.total_steps:
@@ -219,6 +232,7 @@ class Session:
         self.last: StepResult | None = None
         self.valid_loss: float | None = None
         self.saved_step: int | None = None
+        self.profile: Profile | None = None
         self.seconds = {"load": time.perf_counter() - started, "eval": 0.0, "save": 0.0}
 
     def open_folder(self, run: RunFolder | None) -> None:
@@ -241,6 +255,8 @@ class Session:
 
     def close(self) -> None:
         """Close what is open; a run that failed early may have opened neither."""
+        if self.profile is not None:
+            self.profile.stop()
         if hasattr(self, "trackers"):
             self.trackers.close(self._status)
         if hasattr(self, "metrics"):
@@ -378,18 +394,46 @@ class Session:
         for note in self.data.notes:
             self._say(note)
 
+    def plan_profile(self, steps: int, run: RunFolder | None) -> None:
+        """Explain this many steps; ConfigError, with nothing touched, if there are not so many."""
+        done = max(run.saved_steps(), default=0) if run else 0
+        self.profile = Profile(
+            steps,
+            to_go=self.stream.total_steps - done,
+            device=self.place.device,
+            native=usable(self.model.decoder.final_norm.weight_H),
+        )
+
+    def profile_begins(self) -> None:
+        if self.profile is not None:
+            self.profile.begin()
+
+    def profile_ends(self, *, last: bool) -> None:
+        """Show and keep the table once its steps are done; the run goes on if that cannot be kept."""
+        table = self.profile.end(self.progress.step, last=last) if self.profile is not None else None
+        if self.profile is None or table is None:
+            return
+        self._say(table_text(table))
+        try:
+            self.profile.write(self.run.profile, table)
+            self._say(f"trace: {short_path(self.run.profile / 'trace.json')}\n{VIEWERS}")
+        except LorimerError as error:
+            self._say(f"the profile is not kept: {error}")
+
+    @trace.stage("step")
     def one_step(self, step: int) -> None:
         """Rows -> packs -> one update -> one line in metrics.jsonl."""
         began = time.perf_counter()
-        rows = self.stream.step_rows(step)
-        examples = [self.data.train[row] for row in rows]
-        packs = split_into_packs(
-            examples,
-            self.micro_batch_tokens,
-            together=self.config.data.pack,
-            share=self.shares,
-            trim=self.trims,
-        )
+        with trace.stage("data"):
+            rows = self.stream.step_rows(step)
+            examples = [self.data.train[row] for row in rows]
+            packs = split_into_packs(
+                examples,
+                self.micro_batch_tokens,
+                together=self.config.data.pack,
+                share=self.shares,
+                trim=self.trims,
+            )
         rate = learning_rate(self.config.train, step, self.stream.total_steps)
         self.last = train_step(
             self.model.decoder,
@@ -420,9 +464,10 @@ class Session:
             tokens_per_second=self.last.tokens / seconds,
             memory_bytes=peak_memory(self.place.device),
         )
-        line = self.metrics.write(record)
-        self.trackers.log(step + 1, line)
-        self.reporter.step(line)
+        with trace.stage("records"):
+            line = self.metrics.write(record)
+            self.trackers.log(step + 1, line)
+            self.reporter.step(line)
 
     def evaluation_due(self, step: int) -> bool:
         return bool(self.valid_packs) and self._due(self.config.train.eval_every, step)
@@ -436,6 +481,7 @@ class Session:
         last = step + 1 == self.stream.total_steps
         return last or (self.stream.ends_epoch(step) if every == "epoch" else (step + 1) % int(every) == 0)
 
+    @trace.stage("evaluation")
     def evaluate(self) -> None:
         """The validation loss, token-weighted; the best adapter so far is kept aside."""
         began = time.perf_counter()
@@ -460,6 +506,7 @@ class Session:
         if self.exhausted:
             self._say(f"stopped early: no better validation loss in {patience} evaluations")
 
+    @trace.stage("saving")
     def save(self) -> None:
         """A checkpoint of this step, unless there is one."""
         if self.saved_step == self.progress.step:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorimer.config import TrainConfig
-from lorimer.kernels import reference
+from lorimer.kernels import reference, trace
 from lorimer.kernels.native import elementwise
 from lorimer.kernels.native.library import usable
 from lorimer.lora.layers import Adapter
@@ -51,7 +51,8 @@ class AdamW:
             weight_decay=config.weight_decay,
             grad_scale=config.max_grad_norm / (norm + 1e-6) if clipped else 1.0,
         )
-        self.adapter.refresh()
+        with trace.stage("refresh"):
+            self.adapter.refresh()
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lorimer.data.pack import Pack
 from lorimer.errors import DivergenceError
+from lorimer.kernels import trace
 from lorimer.lora.layers import LoraDropout
 from lorimer.model.decoder import Decoder
 from lorimer.model.loss import pack_loss
@@ -41,14 +42,17 @@ def train_step(
     trained = sum(pack.trained_tokens for pack in packs)
     total = 0.0
     for pack in packs:
-        masks = dropout.for_pack(step, pack.rows, pack.lengths) if dropout else None
-        loss, _ = pack_loss(decoder, pack, weight=1.0 / trained, smoothing=smoothing, dropouts=masks)
-        value = float(loss.detach())
+        with trace.stage("forward"):
+            masks = dropout.for_pack(step, pack.rows, pack.lengths) if dropout else None
+            loss, _ = pack_loss(decoder, pack, weight=1.0 / trained, smoothing=smoothing, dropouts=masks)
+            value = float(loss.detach())
         if not math.isfinite(value):
             raise _diverged(f"the loss is {value}", step, places(pack))
-        loss.backward()
+        with trace.stage("backward"):
+            loss.backward()
         total += value
-    norm = optimizer.step(learning_rate)
+    with trace.stage("optimizer"):
+        norm = optimizer.step(learning_rate)
     if not math.isfinite(norm):
         raise _diverged(f"the gradient's norm is {norm}", step, "; ".join(places(pack) for pack in packs))
     return StepResult(total, norm, sum(pack.tokens for pack in packs), trained)

@@ -33,7 +33,13 @@ constexpr int64_t ALL = INT64_MAX / 4;  // a window that hides nothing
 
 inline int64_t round_up(int64_t count, int64_t step) { return ceil_div(count, step) * step; }
 
+// What multiplies.
+template <class T>
+using Blocks = Unit<PAIRED<T>>;
+
 // --- memory ---------------------------------------------------------------------------------------
+
+enum Slot { TABLES, TASK, SUMS };
 
 // Hands out parts of one piece of memory, or with none only counts.
 struct Arena {
@@ -76,17 +82,22 @@ struct Block {
   int64_t row, begin, count, before;
 };
 
-// Cuts the prefix and every row in blocks of at most `most` tokens, as long as each other. `before`
-// counts columns, padded to whole panels. Without `blocks` it only counts; returns how many.
-inline int64_t cut(const Pack& pack, int64_t most, Block* blocks) {
+// How long a row's parts are: at most `most`, about as long as each other, a multiple of `step`, which
+// divides `most`.
+inline int64_t part_length(int64_t length, int64_t most, int64_t step) {
+  return round_up(ceil_div(length, larger<int64_t>(1, ceil_div(length, most))), step);
+}
+
+// Cuts the prefix and every row in parts. `before` counts columns, padded to whole panels. Without
+// `blocks` it only counts; returns how many.
+inline int64_t cut(const Pack& pack, int64_t most, int64_t step, Block* blocks) {
   int64_t number = 0, column = 0;
   for (int64_t row = -1; row < pack.rows; ++row) {
-    const int64_t begin = pack.begin(row), length = pack.end(row) - begin, parts = ceil_div(length, most);
-    for (int64_t part = 0; part < parts; ++part) {
-      int64_t from = length * part / parts, count = length * (part + 1) / parts - from;
-      if (blocks) blocks[number] = Block{row, begin + from, count, column};
+    const int64_t end = pack.end(row), length = part_length(end - pack.begin(row), most, step);
+    for (int64_t begin = pack.begin(row); begin < end; begin += length, ++number) {
+      const int64_t count = smaller(length, end - begin);
+      if (blocks) blocks[number] = Block{row, begin, count, column};
       column += round_up(count * pack.group(), PANEL);
-      ++number;
     }
   }
   return number;
@@ -112,11 +123,6 @@ inline Range seen(const Pack& pack, const Sight& sight, int64_t position, int64_
   const int64_t first = larger<int64_t>(0, sight.first - pack.window + 1 - position);
   const int64_t last = smaller(count, sight.last + 1 - position);
   return first < last ? Range{first, last} : Range{0, 0};
-}
-
-// Whether some column does not see all of these keys.
-inline bool on_edge(const Pack& pack, const Sight& sight, int64_t position, const Range& keys) {
-  return position + keys.last - 1 > sight.first || position + keys.first < sight.last - pack.window + 1;
 }
 
 inline void fill_positions(const Pack& pack, const Block& block, int64_t columns, float* positions) {
@@ -196,20 +202,23 @@ inline Vector tanh(Vector x) {
   return div(mul(x, above), below);
 }
 
+inline int64_t block_tokens(const Pack& pack, int64_t columns) { return larger<int64_t>(1, columns / pack.group()); }
+
 // What a score is multiplied by to be an exponent of two.
 inline float exponent_scale(const Pack& pack) { return pack.cap > 0 ? LOG2E : pack.scale * LOG2E; }
 
-// Caps and hides the scores [keys][PANEL] of keys from `position` on.
+// Caps the scores [keys][PANEL] of keys from `position` on, and hides what a column does not see.
 inline void cap_and_hide(const Pack& pack, const Sight& sight, const float* positions, int64_t position, int64_t keys,
                          float* scores) {
-  const bool edge = on_edge(pack, sight, position, Range{0, keys});
-  if (!edge && !(pack.cap > 0)) return;
-  for (int64_t i = 0; i < keys * PANEL; i += WIDTH) {
-    Vector score = load(scores + i);
-    if (pack.cap > 0) score = mul(set(pack.cap), tanh(mul(score, set(pack.scale / pack.cap))));
-    if (edge) score = hide(score, load(positions + i % PANEL), position + i / PANEL, pack.window);
-    store(scores + i, score);
-  }
+  for (int64_t i = 0; pack.cap > 0 && i < keys * PANEL; i += WIDTH)
+    store(scores + i, mul(set(pack.cap), tanh(mul(load(scores + i), set(pack.scale / pack.cap)))));
+  // Keys up to the first column's position are hidden from none, unless by the window.
+  const bool windowed = position < sight.last - pack.window + 1;
+  for (int64_t key = windowed ? 0 : larger<int64_t>(0, sight.first + 1 - position); key < keys; ++key)
+    for (int64_t i = 0; i < PANEL; i += WIDTH) {
+      float* at = scores + key * PANEL + i;
+      store(at, hide(load(at), load(positions + i), position + key, pack.window));
+    }
 }
 
 // --- operands -------------------------------------------------------------------------------------
@@ -281,11 +290,10 @@ inline Rows turned_rows(const T* from, int64_t count, int64_t size, float* panel
 template <bool PAIRED>
 inline void product(const Rows& a, int64_t rows, const float* panel, int64_t units, float* out, int64_t out_stride,
                     bool onto) {
-  const int64_t strips = ceil_div(rows, MOST_ROWS);
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t row = rows * strip / strips, count = rows * (strip + 1) / strips - row;
-    block_to_floats_of<PAIRED>(static_cast<int>(count))(Stretch{a.at + row * a.stride, a.stride, panel, units},
-                                                        out + row * out_stride, out_stride, onto);
+  for (int64_t row = 0, count; row < rows; row += count) {
+    count = Unit<PAIRED>::next(rows - row);
+    const Rows from = a.from(row);
+    Unit<PAIRED>::run(count, Stretch{from.at, from.stride, panel, units}, out + row * out_stride, out_stride, onto);
   }
 }
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorimer.errors import UserError
+from lorimer.kernels import trace
 from lorimer.kernels.native.build import HERE, LIBRARY, sources_hash
 
 REFERENCE = "reference"
@@ -151,7 +152,11 @@ class Kernel:
     def __call__(self, *arguments: Tensor | float | None) -> None:
         isa = active()
         function = self._found.get(isa) or self._find(isa)
-        function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        if trace.recorder is None:
+            function(*values)
+        else:
+            trace.recorder.call(self.name, function, values, arguments)
 
     def _find(self, isa: str) -> Callable[..., None]:
         library, why = _open()
