@@ -34,6 +34,7 @@ ROOMS = [
     ["lora"],
     ["generate"],
     ["evaluate"],
+    ["export"],
     ["train"],
     ["api"],
     ["recipes"],

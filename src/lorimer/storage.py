@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from lorimer.errors import StorageError
 
@@ -81,16 +82,24 @@ def make_folder(path: Path) -> Path:
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     data = content.encode("utf-8") if isinstance(content, str) else content
+    write_stream(path, lambda file: file.write(data), len(data))
+
+
+def write_stream(path: Path, fill: Callable[[BinaryIO], object], needed: int | None = None) -> None:
+    """Make the file `path` out of what `fill` writes; a failure leaves what was there before.
+
+    `needed` is the bytes that an error about space names.
+    """
     staged = path.with_name(f"{STAGED}{path.name}-{os.getpid()}")
-    with storage_errors(path, len(data)):
+    with storage_errors(path, needed):
         try:
-            staged.write_bytes(data)
+            with staged.open("wb") as file:
+                fill(file)
             _sync(staged)
             os.replace(staged, path)
             _sync(path.parent)
-        except OSError:
+        finally:
             staged.unlink(missing_ok=True)
-            raise
 
 
 def write_json(path: Path, value: object) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import struct
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
-from gguf_files import entry, header, info, text, write_model
+from gguf_files import VOCAB, entry, header, info, text, write_model
 from lorimer.bases.gguf import GgufFile
+from lorimer.bases.gguf_write import encode_value, make_header
+from lorimer.bases.open import open_base
+from lorimer.data.tokenizer import Tokenizer
 from lorimer.errors import BaseError
+from lorimer.model.families import read_spec
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
@@ -212,6 +217,91 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for place in sorted(places):
         (tmp_path / "cut.gguf").write_bytes(whole[:place])
         assert read_or_refuse(tmp_path / "cut.gguf") != "read", f"cut at {place}"
+
+
+ODD_VALUES: list[Any] = [
+    0, 1, 2**32 - 1, -1.0, 0.0, float("nan"), float("inf"), 1e38, "", "x", True, [1], [1.5], ["a"], [],
+    [-1] * VOCAB, ["a"] * VOCAB, [0.5] * VOCAB, ["\udced\udca0"] * 3,
+]  # fmt: skip
+MORE_KEYS = [
+    "general.alignment", "split.count", "llama.attention.key_length", "llama.attention.sliding_window",
+    "llama.rope.dimension_count", "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.attn_factor", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.eot_token_id", "tokenizer.ggml.merges", "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.pre", "tokenizer.ggml.unknown_token_id",
+]  # fmt: skip
+
+
+def use_or_refuse(path: Path) -> str:
+    """As a run uses a base before its weights are read; any error but ours fails the test."""
+    try:
+        base = open_base(path)
+        read_spec(base.config, path=str(path))
+        base.fingerprint()
+        base.eos_token_ids()
+        tokenizer = Tokenizer.from_base(base)
+        tokenizer.encode("t1 t2")
+        tokenizer.files()
+    except BaseError as error:
+        return str(error)
+    return "read"
+
+
+def whole_model(path: Path) -> bytearray:
+    settings: dict[str, Any] = {
+        "tokenizer.ggml.scores": [0.0] * VOCAB,
+        "tokenizer.ggml.token_type": [1] * VOCAB,
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 2.0,
+    }
+    return bytearray(write_model(path, metadata=settings).read_bytes())
+
+
+@pytest.mark.trap("S4")
+def test_600_mutated_headers_are_used_as_a_base_or_refused(tmp_path: Path) -> None:
+    whole = whole_model(tmp_path / "whole.gguf")
+    end = whole.find(b"blk.0.attn_q") + 800
+    generator = np.random.default_rng(11)
+    path = tmp_path / "mutated.gguf"
+    outcomes = []
+    tracemalloc.start()
+    for _ in range(600):
+        mutated = bytearray(whole)
+        for place in generator.integers(4, end, generator.integers(1, 4)):
+            mutated[place] = generator.choice([0, 1, 0x7F, 0x80, 0xFF, generator.integers(256)])
+        path.write_bytes(mutated)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        outcomes.append(use_or_refuse(path))
+        assert tracemalloc.get_traced_memory()[1] - before < 8_000_000
+    tracemalloc.stop()
+    assert 300 < sum(outcome != "read" for outcome in outcomes) < 600
+    assert len({outcome.partition(": ")[2][:40] for outcome in outcomes}) > 20
+
+
+@pytest.mark.trap("S4")
+@pytest.mark.parametrize("vocabulary", ["gpt2", "llama"])
+def test_every_key_with_every_odd_value_is_used_or_refused(tmp_path: Path, vocabulary: str) -> None:
+    whole = whole_model(tmp_path / "whole.gguf")
+    file = GgufFile(tmp_path / "whole.gguf")
+    entries = {key: file.entry(key) for key in file.metadata}
+    entries["tokenizer.ggml.model"] = encode_value(vocabulary)
+    tensors = list(file.tensors.values())
+    data = whole[-sum(-(-tensor.nbytes // 32) * 32 for tensor in tensors) :]
+    path = tmp_path / "odd.gguf"
+    outcomes = []
+    for key in [*entries, *MORE_KEYS]:
+        for value in ODD_VALUES:
+            path.write_bytes(make_header(entries | {key: encode_value(value)}, tensors) + data)
+            outcomes.append(use_or_refuse(path))
+    assert len(outcomes) > 500
+    assert 0.3 < sum(outcome != "read" for outcome in outcomes) / len(outcomes) < 0.9
+
+
+def test_more_layers_than_tensors_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "a.gguf", "mistral", metadata={"mistral.block_count": 2**32 - 1})
+    with pytest.raises(BaseError, match="block_count 4,294,967,295"):
+        open_base(path)
 
 
 @pytest.mark.trap("S4")

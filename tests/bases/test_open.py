@@ -40,6 +40,24 @@ def test_names_of_tensors(gguf: str, hugging_face: str) -> None:
     assert hugging_face_name(gguf) == hugging_face
 
 
+@pytest.mark.parametrize(
+    ("named", "wanted"),
+    [
+        ({}, [2]),
+        ({"eot": 7}, [2, 7]),
+        ({"eot": 2}, [2]),
+        ({"eot": 7, "eom": 9}, [2, 7, 9]),
+        ({"eot": "seven"}, [2]),
+    ],
+)
+def test_a_gguf_files_end_tokens(tmp_path: Path, named: dict[str, Any], wanted: list[int]) -> None:
+    metadata = {f"tokenizer.ggml.{role}_token_id": value for role, value in named.items()}
+    metadata["tokenizer.ggml.padding_token_id"] = 5
+    base = open_base(write_model(tmp_path / "model.gguf", metadata=metadata))
+    assert base.eos_token_ids() == wanted
+    assert base.config["pad_token_id"] == 5
+
+
 def test_a_gguf_file_in_the_words_of_config_json(tmp_path: Path) -> None:
     base = open_base(write_model(tmp_path / "model.gguf", "qwen2"))
     assert base.kind == "gguf"

@@ -241,6 +241,7 @@ def test_the_next_commands_are_of_this_run(tmp_path: Path, monkeypatch: pytest.M
         "lorimer chat 'my runs/home'",
         """lorimer generate 'my runs/home' 'what'"'"'s on?'""",
         "lorimer eval 'my runs/home'",
+        "lorimer export 'my runs/home' --to gguf-lora  # for llama.cpp and Ollama",
         "lorimer merge 'my runs/home' --out 'my runs/home-merged'",
         "vllm serve 'my runs/home-merged'  # after merge, where vLLM is installed",
         "transformers serve 'my runs/home-merged'  # after merge, with transformers[serving]",

@@ -128,11 +128,14 @@ class GgufFile:
         if tensors * 24 + entries * 13 > len(self._data):
             cursor.fail(f"it says it holds {tensors:,} tensors and {entries:,} entries")
         self.metadata: dict[str, Any] = {}
+        self._spans: dict[str, slice] = {}
         for _ in range(entries):
             key = cursor.text("a key")
             if key in self.metadata:
                 cursor.fail(f"the key `{key}` comes twice")
+            start = cursor.at
             self.metadata[key] = cursor.value(cursor.number("I", key), key)
+            self._spans[key] = slice(start, cursor.at)
         self._places: dict[str, int] = {}
         self.tensors = self._read_infos(cursor, tensors)
 
@@ -187,6 +190,10 @@ class GgufFile:
             cursor.fail(f"`{name}` has rows of {row}, not a multiple of {storage.elements}")
         nbytes = math.prod(sizes) // storage.elements * storage.size
         return TensorEntry(name, storage.name, tuple(reversed(sizes)), nbytes)
+
+    def entry(self, key: str) -> bytes:
+        """A metadata value as it lies in the file, its type in front."""
+        return self._data[self._spans[key]].tobytes()
 
     def raw(self, name: str) -> Bytes:
         """The tensor's bytes as they lie in the file, not copied."""

@@ -76,7 +76,8 @@ class BaseFiles(ABC):
         digest = hashlib.sha256(json.dumps(computes, sort_keys=True).encode())
         for name in sorted(self.tensors):
             entry = self.tensors[name]
-            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+            # A GGUF file's names may hold bytes that are no text.
+            digest.update(f"{name} {entry.dtype} {entry.shape}".encode("utf-8", "surrogateescape"))
             raw = self.raw(name)
             for start in sorted({0, max(0, raw.nbytes // 2), max(0, raw.nbytes - SAMPLE)}):
                 digest.update(raw[start : start + SAMPLE].tobytes())
@@ -229,6 +230,20 @@ def hugging_face_name(name: str) -> str:
     return name
 
 
+def llama_cpp_name(name: str) -> str | None:
+    """The inverse: `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`; None if unknown."""
+    module, _, kind = name.rpartition(".")
+    for short, long in TOP_NAMES.items():
+        if module == long:
+            return f"{short}.{kind}"
+    parts = module.split(".", 3)
+    if parts[:2] == ["model", "layers"] and len(parts) == 4:
+        for short, long in LAYER_NAMES.items():
+            if parts[3] == long:
+                return f"blk.{parts[2]}.{short}.{kind}"
+    return None
+
+
 class GgufBase(BaseFiles):
     """One .gguf file, its metadata put into the words of config.json."""
 
@@ -248,12 +263,22 @@ class GgufBase(BaseFiles):
         self.tensors = {name: self._file.tensors[own] for name, own in self._names.items()}
         self.config = self._config(metadata)
         self.tokenizer_config = {}
-        self.generation_config = {}
+        self.generation_config = self._end_tokens(metadata)
         template = metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) else None
 
     def raw(self, name: str) -> Bytes:
         return self._file.raw(self._names[name])
+
+    def entry(self, key: str) -> bytes:
+        """A metadata value as it lies in the file, its type in front."""
+        return self._file.entry(key)
+
+    def _end_tokens(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """The end of the text and the end of a turn or message, where the file names more than one."""
+        named = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+        tokens = list(dict.fromkeys(token for token in named if type(token) is int))
+        return {"eos_token_id": tokens} if len(tokens) > 1 else {}
 
     def _config(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         architecture = str(metadata.get("general.architecture"))
@@ -263,13 +288,15 @@ class GgufBase(BaseFiles):
 
         try:
             vocabulary, hidden = self.tensors["model.embed_tokens.weight"].shape
-            heads = int(get("attention.head_count"))
+            heads, layers = int(get("attention.head_count")), int(get("block_count"))
+            if layers > len(self.tensors):
+                raise ValueError(f"block_count {layers:,}")
             config = {
                 "model_type": architecture,
                 "vocab_size": vocabulary,
                 "hidden_size": hidden,
                 "intermediate_size": int(get("feed_forward_length")),
-                "num_hidden_layers": int(get("block_count")),
+                "num_hidden_layers": layers,
                 "num_attention_heads": heads,
                 "num_key_value_heads": int(get("attention.head_count_kv", heads)),
                 "head_dim": int(
@@ -284,6 +311,7 @@ class GgufBase(BaseFiles):
                 "sliding_window": get("attention.sliding_window"),
                 "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
                 "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+                "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
                 "license": metadata.get("general.license"),
             }
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:

@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("generate", "generate:generate", "answer a prompt, or a file of prompts"),
         Command("chat", "chat:chat", "talk with a base or an adapter"),
         Command("merge", "merge:merge", "write base and adapter as one model"),
+        Command("export", "export:export", "write a run for llama.cpp, Ollama or PEFT"),
     ),
     "Bases": (
         Command("pull", "bases:pull", "bring a base here"),

@@ -106,7 +106,7 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """The vocabulary in a GGUF file's metadata."""
-        tokens = metadata.get("tokenizer.ggml.tokens") or []
+        text, tokens = tokenizer_json(metadata), metadata["tokenizer.ggml.tokens"]
 
         def token(role: str) -> str | None:
             number = metadata.get(f"tokenizer.ggml.{role}_token_id")
@@ -119,7 +119,7 @@ class Tokenizer:
             "pad_token": token("padding"),
             "add_bos_token": adds_bos(metadata),
         }
-        return cls(tokenizer_json(metadata), config)
+        return cls(text, config)
 
     @property
     def vocab_size(self) -> int:

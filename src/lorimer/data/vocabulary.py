@@ -60,8 +60,9 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> str:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise BaseError("the GGUF file has no vocabulary", fix="Choose a file that keeps its tokenizer.")
-    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    types = _listed(metadata, "token_type", int) or [NORMAL] * len(tokens)
+    scores = _listed(metadata, "scores", float) or [0.0] * len(tokens)
+    _listed(metadata, "tokens", str)
     if len(types) != len(tokens) or len(scores) != len(tokens) or len(set(tokens)) != len(tokens):
         raise BaseError(
             f"the GGUF file's vocabulary is damaged: {len(tokens):,} tokens ({len(set(tokens)):,} "
@@ -81,6 +82,17 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> str:
     ]
     base: Json = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     return json.dumps(base | {"post_processor": _begin(metadata, tokens)} | built, ensure_ascii=False)
+
+
+def _listed(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """A list of the vocabulary; [] if it is not there. Raises BaseError if it holds something else."""
+    value = metadata.get(f"tokenizer.ggml.{key}") or []
+    if not isinstance(value, list) or not all(type(each) is kind for each in value):
+        raise BaseError(
+            f"the GGUF file's vocabulary is damaged: `{key}` is not a list of {kind.__name__}",
+            fix="Download the file again.",
+        )
+    return value
 
 
 def _begin(metadata: Mapping[str, Any], tokens: list[str]) -> Json | None:
@@ -113,7 +125,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Json:
             fix=f"Known: {', '.join(PRE_TOKENIZERS)}. The model's Hugging Face folder works instead.",
         )
     steps = PRE_TOKENIZERS[name]
-    merges = [merge.split(" ", 1) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    merges = [merge.split(" ", 1) for merge in _listed(metadata, "merges", str)]
     model = _bpe({token: i for i, token in enumerate(tokens)}, merges)
     return {
         "normalizer": {"type": "NFC"} if name == "qwen2" else None,

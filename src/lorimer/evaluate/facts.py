@@ -52,6 +52,7 @@ def next_commands(path: Path, changes: Sequence[Change], *, proved: bool) -> lis
     """What to do with a run's adapter, as commands that run as they are.
 
     The last two are other tools' servers with OpenAI's routes: both load the folder that `merge` writes.
+    What `export` writes is for llama.cpp and Ollama; it prints the commands that use it.
     """
     run = shlex.quote(short_path(path))
     merged = shlex.quote(short_path(path) + "-merged")
@@ -63,6 +64,7 @@ def next_commands(path: Path, changes: Sequence[Change], *, proved: bool) -> lis
         commands.append(f"lorimer eval {run}")
     return [
         *commands,
+        f"lorimer export {run} --to gguf-lora  # for llama.cpp and Ollama",
         f"lorimer merge {run} --out {merged}",
         f"vllm serve {merged}  # after merge, where vLLM is installed",
         f"transformers serve {merged}  # after merge, with transformers[serving]",

@@ -73,7 +73,7 @@ class Model:
 
         Raises AdapterError, with the present adapter still in place, if the folder cannot be read.
         """
-        files = None if path is None else read_adapter(_adapter_folder(Path(path)))
+        files = None if path is None else read_adapter(adapter_folder(Path(path)))
         fingerprint = self.base.fingerprint() if files else None
         remove(self.decoder)
         self.adapter = self.adapter_path = None
@@ -262,9 +262,9 @@ def load(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    folder = _adapter_folder(Path(path))
+    folder = adapter_folder(Path(path))
     adapter = folder if is_adapter(folder) else None
-    wanted = base if base is not None else _base_of(adapter) if adapter else str(path)
+    wanted = base if base is not None else base_of(adapter) if adapter else str(path)
     files = open_base(resolve_base(wanted))
     decoder = load_decoder(files, choose_place(device, dtype))
     model = Model(files, decoder, Tokenizer.from_base(files), str(wanted))
@@ -273,13 +273,14 @@ def load(
     return model
 
 
-def _adapter_folder(path: Path) -> Path:
+def adapter_folder(path: Path) -> Path:
     """The adapter of a run folder, or the folder itself."""
     inside = path / "adapter"
     return inside if is_adapter(inside) and not is_adapter(path) else path
 
 
-def _base_of(adapter: Path) -> str:
+def base_of(adapter: Path) -> str:
+    """The name or path of the base that an adapter folder was trained on. Raises AdapterError."""
     files = read_adapter(adapter)
     name = files.ours.get("base", {}).get("path") or files.base
     # The name it was trained under first; the place it had then if that name is not kept here.

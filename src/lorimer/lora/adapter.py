@@ -132,15 +132,8 @@ def attach_adapter(
     Every tensor must find its place and every place its tensor. `fingerprint` is the base's: an
     adapter that says it was trained on another is refused unless `force`. Raises AdapterError.
     """
-    made_for = files.ours.get("base", {}).get("fingerprint")
-    if made_for and fingerprint and made_for != fingerprint and not force:
-        raise AdapterError(
-            f"the adapter was trained on another base: {files.base} with the fingerprint "
-            f"{made_for[:12]} (this one: {fingerprint[:12]})",
-            fix="Use the base it was trained on; on a differently stored copy of the same weights, "
-            "add --force.",
-            path=files.path,
-        )
+    if fingerprint and not force:
+        check_base(files, fingerprint)
     spec, targets = _spec_of(decoder, files)
     adapter = inject(decoder, targets, spec)
     wanted = set(adapter.tensors)
@@ -156,6 +149,19 @@ def attach_adapter(
             tensor.copy_(files.tensors[name])
     adapter.refresh()
     return adapter
+
+
+def check_base(files: AdapterFiles, fingerprint: str) -> None:
+    """Raise AdapterError if the adapter says that it was trained on another base than this."""
+    made_for = files.ours.get("base", {}).get("fingerprint")
+    if made_for and made_for != fingerprint:
+        raise AdapterError(
+            f"the adapter was trained on another base: {files.base} with the fingerprint "
+            f"{made_for[:12]} (this one: {fingerprint[:12]})",
+            fix="Use the base it was trained on; on a differently stored copy of the same weights, "
+            "add --force.",
+            path=files.path,
+        )
 
 
 def _misfit(files: AdapterFiles, name: str, wanted: tuple[int, ...]) -> AdapterError:
@@ -184,7 +190,7 @@ def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Targ
     one = pair[0] is not None and pair[1] is not None and torch.equal(pair[0], pair[1])
     spec = LoraSpec(
         ranks={path: files.tensors[path + suffix].shape[0] for path in paths},
-        alphas={path: _alpha(files.config, path) for path in paths},
+        alphas={path: alpha_of(files.config, path) for path in paths},
         rslora=bool(files.config.get("use_rslora", False)),
         dropout=float(files.config.get("lora_dropout", 0.0)),
         bias=str(files.config.get("bias", "none")),
@@ -194,7 +200,7 @@ def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Targ
     return spec, [known[path] for path in sorted(paths, key=list(known).index)]
 
 
-def _alpha(config: Mapping[str, Any], path: str) -> float:
+def alpha_of(config: Mapping[str, Any], path: str) -> float:
     """PEFT's alpha_pattern: a key is the end of a path, or a pattern for it."""
     import re
 

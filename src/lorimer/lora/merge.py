@@ -11,14 +11,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lorimer.bases.open import BaseFiles
 from lorimer.errors import UserError
-from lorimer.lora.layers import Adapter
+from lorimer.lora.layers import LoraSpec
 from lorimer.model.load import read_weight
 from lorimer.model.spec import ModelSpec
 from lorimer.storage import check_space, write_folder
@@ -32,6 +32,16 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+
+class Update(Protocol):
+    """What merging needs of an adapter: its shape, and its tensors by PEFT's names."""
+
+    @property
+    def spec(self) -> LoraSpec: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +60,7 @@ class MergeReport:
 def merge(
     base: BaseFiles,
     spec: ModelSpec,
-    adapter: Adapter,
+    adapter: Update,
     out: Path,
     *,
     dtype: str = "bf16",
@@ -71,7 +81,7 @@ def merge(
 
     def fill(folder: Path) -> None:
         writer = _ShardWriter(folder)
-        for name, tensor in _merged(base, spec, adapter, TYPES[dtype], counts):
+        for name, tensor in merged_tensors(base, spec, adapter, TYPES[dtype], counts):
             counts["tensors"] += 1
             counts["bytes"] += tensor.nbytes
             writer.add(name, tensor)
@@ -89,10 +99,13 @@ def merge(
     return MergeReport(out, dtype, counts["tensors"], counts["adapted"], counts["bytes"], unchanged)
 
 
-def _merged(
-    base: BaseFiles, spec: ModelSpec, adapter: Adapter, dtype: torch.dtype, counts: dict[str, int]
+def merged_tensors(
+    base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: torch.dtype, counts: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the base by name, with the update where there is one."""
+    """Every weight of the base by name, with the update where there is one, one at a time.
+
+    `counts` gains how many weights were `adapted`, and how many of their `numbers` stayed the `same`.
+    """
     for name in base.tensors:
         if not name.endswith((".weight", ".bias")) or name == "rope_freqs.weight":
             continue
@@ -103,18 +116,18 @@ def _merged(
             counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
             counts["numbers"] += value.numel()
         yield name, (value if merged is None else merged).to(dtype).contiguous()
-    if HEAD not in base.tensors and _untied(spec, adapter):
+    if HEAD not in base.tensors and untied(spec, adapter):
         trained = adapter.tensors.get(HEAD)
         value = read_weight(base, spec, EMBEDDING) if trained is None else trained.detach()
         yield HEAD, value.to(dtype).contiguous()
 
 
-def _untied(spec: ModelSpec, adapter: Adapter) -> bool:
+def untied(spec: ModelSpec, adapter: Update) -> bool:
     """Whether the base's head is its embedding, and only one of them was trained, or each apart."""
     return spec.tied_head and not adapter.spec.tie and bool({HEAD, EMBEDDING} & set(adapter.tensors))
 
 
-def _update(name: str, value: Tensor, adapter: Adapter) -> Tensor | None:
+def _update(name: str, value: Tensor, adapter: Update) -> Tensor | None:
     """The weight with its update, or the copy trained in its place; None if neither exists."""
     module, _, kind = name.rpartition(".")
     if name in adapter.tensors:
@@ -126,7 +139,7 @@ def _update(name: str, value: Tensor, adapter: Adapter) -> Tensor | None:
     return value + adapter.spec.scale(module) * (up.detach() @ down.detach())
 
 
-def _config(base: BaseFiles, spec: ModelSpec, adapter: Adapter, dtype: str) -> dict[str, Any]:
+def _config(base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str) -> dict[str, Any]:
     """The base's config with the type of the weights; a head trained apart is no longer tied."""
     config = {key: value for key, value in base.config.items() if value is not None}
     config.pop("quantization_config", None)
@@ -134,7 +147,7 @@ def _config(base: BaseFiles, spec: ModelSpec, adapter: Adapter, dtype: str) -> d
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     config.setdefault("architectures", [ARCHITECTURES[str(config["model_type"])]])
     config |= {"dtype": names[dtype], "torch_dtype": names[dtype]}
-    if _untied(spec, adapter):
+    if untied(spec, adapter):
         config["tie_word_embeddings"] = False
     return config
 
