@@ -10,6 +10,7 @@ help:
 	@echo "make test        format, lint, types, docs and every test"
 	@echo "make bench       lorimer against TRL and PEFT, in an environment of its own"
 	@echo "make bench-all   every benchmark and every peer: some hours; writes benchmarks/RESULTS.md"
+	@echo "make llamacpp    exported files in llama.cpp, compiled here: same tokens, same score?"
 	@echo "make docs        write the generated pages of docs/ anew"
 	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
 	@echo "make clean       delete the virtual environments and caches"
@@ -31,6 +32,10 @@ bench: .venv-bench/.installed
 bench-all: .venv-bench/.installed .venv-bench-torchtune/.installed .venv-bench-llamafactory/.installed
 	.venv-bench/bin/lorimer pull smollm2-135m
 	.venv-bench/bin/python benchmarks/results.py
+
+llamacpp: .venv-llamacpp/.installed
+	.venv-llamacpp/bin/lorimer pull smollm2-135m
+	.venv-llamacpp/bin/python benchmarks/llamacpp.py
 
 sanitize: $(VENV)/.installed-test
 	$(RUN)/python tests/kernels/sanitize.py
@@ -69,7 +74,12 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 	.venv-bench-llamafactory/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	@touch $@
 
-clean:
-	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .mypy_cache .ruff_cache .pytest_cache
+.venv-llamacpp/.installed: pyproject.toml constraints.txt $(NATIVE) benchmarks/requirements-llamacpp.txt
+	$(PYTHON) -m venv .venv-llamacpp
+	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_LLAMAFILE=OFF" nice .venv-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements-llamacpp.txt
+	@touch $@
 
-.PHONY: help quickstart test bench bench-all docs sanitize clean
+clean:
+	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .venv-llamacpp .mypy_cache .ruff_cache .pytest_cache
+
+.PHONY: help quickstart test bench bench-all llamacpp docs sanitize clean
