@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from gguf_files import VOCAB, entry, header, info, text, write_model
+from gguf_files import HEAD, VOCAB, entry, header, info, text, write_model
 from lorimer.bases.gguf import GgufFile
 from lorimer.bases.gguf_write import encode_value, make_header
 from lorimer.bases.open import open_base
@@ -296,6 +296,15 @@ def test_every_key_with_every_odd_value_is_used_or_refused(tmp_path: Path, vocab
             outcomes.append(use_or_refuse(path))
     assert len(outcomes) > 500
     assert 0.3 < sum(outcome != "read" for outcome in outcomes) / len(outcomes) < 0.9
+
+
+@pytest.mark.trap("S4")
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
+def test_sizes_that_the_weights_do_not_have_are_refused(tmp_path: Path, key: str) -> None:
+    """Memory for a layer is taken by these numbers, before its weights are looked at."""
+    metadata = {f"llama.{key}": 2**31, "llama.attention.key_length": HEAD}
+    with pytest.raises(BaseError, match=r"rows of .*, where there are \d+"):
+        open_base(write_model(tmp_path / "a.gguf", metadata=metadata))
 
 
 def test_more_layers_than_tensors_are_refused(tmp_path: Path) -> None:

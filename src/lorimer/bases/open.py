@@ -291,6 +291,10 @@ class GgufBase(BaseFiles):
             heads, layers = int(get("attention.head_count")), int(get("block_count"))
             if layers > len(self.tensors):
                 raise ValueError(f"block_count {layers:,}")
+            size = int(get("attention.key_length") or get("rope.dimension_count") or hidden // heads)
+            self._check_rows("self_attn.q_proj", heads * size)
+            self._check_rows("self_attn.k_proj", int(get("attention.head_count_kv", heads)) * size)
+            self._check_rows("mlp.up_proj", int(get("feed_forward_length")))
             config = {
                 "model_type": architecture,
                 "vocab_size": vocabulary,
@@ -299,9 +303,7 @@ class GgufBase(BaseFiles):
                 "num_hidden_layers": layers,
                 "num_attention_heads": heads,
                 "num_key_value_heads": int(get("attention.head_count_kv", heads)),
-                "head_dim": int(
-                    get("attention.key_length") or get("rope.dimension_count") or hidden // heads
-                ),
+                "head_dim": size,
                 "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon", 1e-6)),
                 "max_position_embeddings": int(get("context_length", 2048)),
                 "rope_theta": float(get("rope.freq_base", 10_000.0)),
@@ -321,6 +323,12 @@ class GgufBase(BaseFiles):
                 path=self.path,
             ) from error
         return config
+
+    def _check_rows(self, module: str, rows: int) -> None:
+        """Sizes in the metadata are believed only if the first layer has them: memory is taken by them."""
+        entry = self.tensors.get(f"model.layers.0.{module}.weight")
+        if entry is not None and entry.shape[0] != rows:
+            raise ValueError(f"{rows:,} rows of {module}, where there are {entry.shape[0]:,},")
 
     def _rope_scaling(self, get: Any) -> dict[str, Any] | None:
         """llama.cpp's scaling keys; a tensor of divisors (Llama 3.1) is LongRoPE with one list."""
