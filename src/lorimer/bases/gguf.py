@@ -17,9 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from lorimer.bases.mapped import Bytes, MappedFile
 from lorimer.errors import BaseError
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class TensorEntry(NamedTuple):
@@ -116,7 +115,8 @@ class GgufFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._data = _map(self.path)
+        self._mapped = _map(self.path)
+        self._data = self._mapped.bytes
         cursor = _Cursor(self.path, self._data.data)
         if bytes(cursor.take(4, "the magic")) != b"GGUF":
             raise BaseError("this is not a GGUF file: it does not begin with GGUF", path=self.path)
@@ -200,13 +200,15 @@ class GgufFile:
         start = self._places[name]
         return self._data[start : start + self.tensors[name].nbytes]
 
+    def release(self) -> None:
+        """Give back the memory that reading filled."""
+        self._mapped.release()
 
-def _map(path: Path) -> Bytes:
-    """The file's bytes, read as they are touched. Writing to them would stay private to us."""
+
+def _map(path: Path) -> MappedFile:
     try:
         if path.stat().st_size == 0:
             raise BaseError("the file is empty", path=path)
-        # Copy-on-write, because torch warns of memory that cannot be written.
-        return np.memmap(path, dtype=np.uint8, mode="c")
+        return MappedFile(path)
     except OSError as error:
         raise BaseError(f"the file cannot be read: {error.strerror or error}", path=path) from error

@@ -49,6 +49,10 @@ class BaseFiles(ABC):
     def raw(self, name: str) -> Bytes:
         """The tensor's bytes as they lie in the file, not copied."""
 
+    @abstractmethod
+    def release(self) -> None:
+        """Give back the memory that reading tensors filled. They can be read again."""
+
     @property
     def parameters(self) -> int:
         """Numbers in all weights; a tied head counts once."""
@@ -129,6 +133,10 @@ class FolderBase(BaseFiles):
 
     def raw(self, name: str) -> Bytes:
         return self._files[name].raw(name)
+
+    def release(self) -> None:
+        for file in {id(file): file for file in self._files.values()}.values():
+            file.release()
 
     def _text(self, name: str) -> str | None:
         file = self.path / name
@@ -279,6 +287,9 @@ class GgufBase(BaseFiles):
         named = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
         tokens = list(dict.fromkeys(token for token in named if type(token) is int))
         return {"eos_token_id": tokens} if len(tokens) > 1 else {}
+
+    def release(self) -> None:
+        self._file.release()
 
     def _config(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         architecture = str(metadata.get("general.architecture"))

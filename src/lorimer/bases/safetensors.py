@@ -7,9 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
-from lorimer.bases.gguf import Bytes, TensorEntry
+from lorimer.bases.gguf import TensorEntry
+from lorimer.bases.mapped import Bytes, MappedFile
 from lorimer.errors import BaseError
 
 if TYPE_CHECKING:
@@ -63,8 +62,8 @@ class SafetensorsFile:
             self._fail("its header is not JSON")
         if not isinstance(header, dict):
             self._fail("its header is not a JSON object")
-        data = np.memmap(self.path, dtype=np.uint8, mode="c")
-        return data[8 + length :], header
+        self._mapped = MappedFile(self.path)
+        return self._mapped.bytes[8 + length :], header
 
     def _entry(self, name: str, info: Any) -> TensorEntry:
         try:
@@ -97,6 +96,10 @@ class SafetensorsFile:
         """The tensor's bytes as they lie in the file, not copied."""
         begin, end = self._places[name]
         return self._data[begin:end]
+
+    def release(self) -> None:
+        """Give back the memory that reading filled."""
+        self._mapped.release()
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, in memory of its own."""

@@ -123,12 +123,15 @@ def load_decoder(base: BaseFiles, place: Place) -> Decoder:
     reader = _Reader(base, spec, place)
     embedding = reader.table("model.embed_tokens")
     layers = [_layer(reader, number) for number in range(spec.layers)]
+    head = Table("lm_head", embedding.weight) if spec.tied_head else reader.table("lm_head")
+    final_norm = reader.norm("model.norm", spec.hidden_size)
+    base.release()
     return Decoder(
         spec=spec,
         embedding=embedding,
         layers=layers,
-        final_norm=reader.norm("model.norm", spec.hidden_size),
-        head=Table("lm_head", embedding.weight) if spec.tied_head else reader.table("lm_head"),
+        final_norm=final_norm,
+        head=head,
         rope=RopeTables(spec.rope, place.dtype, place.device),
         dtype=place.dtype,
         device=place.device,

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lorimer.kernels import workspace
 from lorimer.kernels.native.library import Kernel, note
 
 LARGEST_HEAD = 256
@@ -49,8 +50,8 @@ def forward(
     """
     shape = _check_pack(query_TND, key_TKD, value_TKD, offsets, prefix)
     tokens, heads, size = query_TND.shape
-    out_TND = torch.empty((tokens, heads, size), dtype=query_TND.dtype)
-    lse_TN = torch.empty((tokens, heads), dtype=torch.float32)
+    out_TND = workspace.empty((tokens, heads, size), query_TND.dtype)
+    lse_TN = workspace.empty((tokens, heads), torch.float32)
     _forward(
         *(query_TND, key_TKD, value_TKD, out_TND, lse_TN, offsets),
         *shape,
@@ -85,7 +86,7 @@ def backward(
     _demand(grad_TND.dtype == out_TND.dtype == query_TND.dtype, "the output's gradient has another type")
     _demand(lse_TN.shape == (tokens, heads) and lse_TN.dtype == torch.float32, "lse is no float32 [T, N]")
     kv_heads = key_TKD.shape[1]
-    grads = torch.empty((tokens, (heads + 2 * kv_heads) * size), dtype=query_TND.dtype)
+    grads = workspace.empty((tokens, (heads + 2 * kv_heads) * size), query_TND.dtype)
     parts = grads.split([heads * size, kv_heads * size, kv_heads * size], 1)
     _backward(
         *(grad_TND, query_TND, key_TKD, value_TKD, out_TND, lse_TN, *parts, offsets, *shape),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorimer.kernels import workspace
 from lorimer.kernels.native.library import Kernel
 from lorimer.kernels.reference import Activation
 
@@ -56,7 +57,7 @@ def rms_norm(
     See reference.rms_norm; the factor that the backward needs is float32 [T, 1] or [T, N, 1].
     """
     hidden_TH = _tokens(hidden_TH)
-    out_TH = torch.empty(hidden_TH.shape, dtype=hidden_TH.dtype)
+    out_TH = workspace.empty(hidden_TH.shape, hidden_TH.dtype)
     rstd_T1 = torch.empty((*hidden_TH.shape[:-1], 1), dtype=torch.float32)
     _rms_norm(
         *(hidden_TH, hidden_TH.stride(0), _factors(weight_H), out_TH, out_TH.stride(0), rstd_T1),
@@ -68,7 +69,7 @@ def rms_norm(
 def rms_norm_apply(hidden_TH: Tensor, rstd_T1: Tensor, weight_H: Tensor, *, offset: float = 0.0) -> Tensor:
     """The normed states again from the saved factor, bit for bit."""
     hidden_TH = _tokens(hidden_TH)
-    out_TH = torch.empty(hidden_TH.shape, dtype=hidden_TH.dtype)
+    out_TH = workspace.empty(hidden_TH.shape, hidden_TH.dtype)
     _rms_norm_apply(
         *(hidden_TH, hidden_TH.stride(0), rstd_T1.contiguous(), _factors(weight_H)),
         *(out_TH, out_TH.stride(0), *_shape(hidden_TH)),
@@ -94,7 +95,7 @@ def rms_norm_backward(
     """
     grad_TH, hidden_TH = _tokens(grad_TH), _tokens(hidden_TH)
     onto_TH = None if onto_TH is None else _tokens(onto_TH)
-    out_TH = torch.empty(hidden_TH.shape, dtype=hidden_TH.dtype)
+    out_TH = workspace.empty(hidden_TH.shape, hidden_TH.dtype)
     grad_weight_H = torch.empty(hidden_TH.shape[-1], dtype=torch.float32) if weight_grad else None
     _rms_norm_backward(
         *(grad_TH, grad_TH.stride(0), grad_TH.dtype == torch.float32),
@@ -113,7 +114,7 @@ def _factors(weight_H: Tensor) -> Tensor:
 def rotate(states_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotary position embedding on the first 2 F features of each head; see reference.rotate."""
     states_TND = _tokens(states_TND)
-    out_TND = torch.empty(states_TND.shape, dtype=states_TND.dtype)
+    out_TND = workspace.empty(states_TND.shape, states_TND.dtype)
     _turn(states_TND, cos_TF, sin_TF, out_TND, 1.0)
     return out_TND
 
@@ -143,7 +144,7 @@ def gated(gate_up: Tensor, kind: Activation) -> Tensor:
     """activation(gate) * up for a stacked [T, 2I] input (arXiv 2002.05202): [T, I]."""
     gate_up = gate_up.contiguous()
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out_TI = torch.empty((tokens, size), dtype=gate_up.dtype)
+    out_TI = workspace.empty((tokens, size), gate_up.dtype)
     _gated(
         *(gate_up, out_TI, tokens, size),
         *(_KINDS[kind], gate_up.dtype == BF16, torch.get_num_threads()),
@@ -165,8 +166,8 @@ def gated_backward(
     """
     assert gate_up.is_contiguous() or not in_place
     grad_TI, gate_up = grad_TI.contiguous(), gate_up.contiguous()
-    grad_gate_up = gate_up if in_place else torch.empty_like(gate_up)
-    again_TI = torch.empty_like(grad_TI) if again else None
+    grad_gate_up = gate_up if in_place else workspace.empty(gate_up.shape, gate_up.dtype)
+    again_TI = workspace.empty(grad_TI.shape, grad_TI.dtype) if again else None
     _gated_backward(
         *(grad_TI, gate_up, grad_gate_up, again_TI, *grad_TI.shape),
         *(_KINDS[kind], gate_up.dtype == BF16, torch.get_num_threads()),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorimer.errors import UserError
+from lorimer.kernels import workspace
 from lorimer.kernels.native.library import Kernel
 
 _matmul = Kernel("matmul", "pli" + "pli" + "l" + "pl" + "pli" + "l" + "p" + "pl" + "plii" + "pl" + "llfii")
@@ -63,7 +64,7 @@ def matmul(
     if onto is not None:
         onto, onto_stride = _rows(onto)
     if out is None:
-        out = torch.empty((m, n), dtype=a.dtype)
+        out = workspace.empty((m, n), a.dtype)
     # Otherwise memory would be read as what it is not.
     assert b.shape == ((n, k) if b_turned else (k, n)), "a and b do not fit"
     assert (a2 is None) == (b2 is None), "half a second product"
@@ -108,7 +109,7 @@ def head_loss(
     head_VH = head_VH.contiguous()
     positions, size = hidden_MH.shape
     losses_M = torch.empty(positions, dtype=torch.float32)
-    grad_MH = torch.empty((positions, size), dtype=hidden_MH.dtype) if need_grad else None
+    grad_MH = workspace.empty((positions, size), hidden_MH.dtype) if need_grad else None
     _head_loss(
         *(hidden_MH, stride, head_VH, labels_M.contiguous(), losses_M, grad_MH),
         *(positions, size, head_VH.shape[0], weight, smoothing),

@@ -1,0 +1,115 @@
+"""NF4 and FP4: four bits a number and a scale for each block, with the bytes of bitsandbytes.
+
+A block's scale is its largest magnitude; each number over the scale becomes the nearest of 16 values
+(QLoRA, arXiv 2305.14314, section 3; the values of NF4 are quantiles of a normal distribution). With
+double quantisation the scales, less their mean, are stored in 8 bits in blocks of 256. Ties, rounding
+and a last block that is short are handled as bitsandbytes does on the CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lorimer.quant.part import NESTED_BLOCK, Part
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Sign, two bits of exponent, one of fraction; in twelfths.
+_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
+SMALLEST = 1e-38  # a block of zeros is divided by this instead
+CHUNK = 1 << 20  # numbers quantised at once, a multiple of every block size
+
+
+@cache
+def table(kind: str) -> Tensor:
+    """The 16 values of `nf4` or `fp4`, float32."""
+    if kind == "nf4":
+        return torch.tensor(_NF4)
+    return torch.tensor([*_FP4, *(-value for value in _FP4)]) / 12
+
+
+@cache
+def dynamic_table() -> Tensor:
+    """The 256 values of the 8-bit dynamic type (arXiv 2110.02861, section 1.3), ascending, float32.
+
+    Seven decades of magnitudes; each larger one has twice as many values of either sign.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        means = (edges[:-1] + edges[1:]) / 2
+        for sign in (1, -1):
+            values += (sign * 10 ** (decade - 6) * means).tolist()
+    return torch.tensor(sorted(values))
+
+
+@cache
+def _borders(kind: str) -> tuple[Tensor, Tensor]:
+    """The values' midpoints in order, and the code of each interval between them."""
+    values = table(kind)
+    order = torch.argsort(values, stable=True)
+    return (values[order[:-1]] + values[order[1:]]) / 2, order.to(torch.uint8)
+
+
+def quantise(weight: Tensor, kind: str, block_size: int, *, double: bool) -> Part:
+    """A weight [O, I] as NF4 or FP4. Its numbers must be finite."""
+    flat = weight.reshape(-1)
+    blocks = -(-flat.numel() // block_size)
+    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(blocks)
+    for start in range(0, flat.numel(), CHUNK):
+        packed, scales = _quantise_chunk(flat[start : start + CHUNK].float(), kind, block_size)
+        codes[start // 2 : start // 2 + len(packed)] = packed
+        absmax[start // block_size : start // block_size + len(scales)] = scales
+    shape = (weight.shape[0], weight.shape[1])
+    if not double:
+        return Part(kind, shape, codes, block_size, absmax)
+    offset = absmax.mean()
+    nested, scale = _quantise_scales(absmax - offset)
+    return Part(kind, shape, codes, block_size, nested, dynamic_table(), scale, float(offset))
+
+
+def _quantise_chunk(numbers: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Whole blocks times their scale's inverse; a short last block over its scale."""
+    full = numbers.numel() // block_size * block_size
+    blocks, rest = numbers[:full].view(-1, block_size), numbers[full:]
+    absmax = blocks.abs().amax(-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+    if rest.numel():
+        last = rest.abs().max().clamp(min=SMALLEST)
+        absmax = torch.cat([absmax, last.view(1)])
+        scaled = torch.cat([scaled, (rest / last).clamp_(-1, 1)])
+    if scaled.numel() % 2:
+        scaled = torch.cat([scaled, scaled.new_zeros(1)])
+    midpoints, order = _borders(kind)
+    codes = order[torch.bucketize(scaled, midpoints, out_int32=True)]
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes of the dynamic type and each block's float32 scale; on a tie the lower value."""
+    values = dynamic_table()
+    blocks = torch.nn.functional.pad(scales, (0, -scales.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    largest = blocks.abs().amax(-1)
+    scaled = (blocks / largest.clamp(min=SMALLEST).unsqueeze(1)).view(-1)[: scales.numel()]
+    left = (torch.searchsorted(values, scaled, right=True) - 1).clamp_(0, 254)
+    nearer = (scaled - values[left + 1]).abs() < (scaled - values[left]).abs()
+    return (left + nearer).to(torch.uint8), largest
+
+
+def numbers(part: Part, first: int, last: int) -> Tensor:
+    """Rows first to last as float32 [rows, I]: value * scale, rounded once."""
+    width, size = part.shape[1], part.block_size
+    start, stop = first * width, last * width
+    packed = part.data[start // 2 : (stop + 1) // 2]
+    codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)[start % 2 :][: stop - start]
+    scales = part.scales(start // size, -(-stop // size)).repeat_interleave(size)
+    values = table(part.kind)[codes.int()]
+    return values.mul_(scales[start % size :][: stop - start]).view(last - first, width)

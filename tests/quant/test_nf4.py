@@ -1,0 +1,104 @@
+"""NF4 and FP4 against bitsandbytes' own functions on the CPU: the same bytes, the same numbers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from lorimer.quant import nf4
+from lorimer.quant.part import Part
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    functional = pytest.importorskip("bitsandbytes.functional")
+
+SHAPES = [
+    (1, 1),
+    (1, 64),
+    (3, 5),
+    (7, 33),
+    (64, 64),
+    (5, 1000),
+    (96, 576),
+    (1, 4097),
+    (300, 255),
+    (2, 65536),
+]
+
+
+def weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0] + shape[1])) * 0.05
+    numbers.view(-1)[::7] *= 9
+    numbers.view(-1)[::11] = 0
+    return numbers.to(dtype)
+
+
+def theirs(given: torch.Tensor, kind: str, size: int, double: bool):
+    return functional.quantize_4bit(given, blocksize=size, compress_statistics=double, quant_type=kind)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("size", [64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_and_scales_are_those_of_bitsandbytes(kind: str, size: int, shape: tuple[int, int]) -> None:
+    given = weight(shape)
+    data, state = theirs(given, kind, size, double=False)
+    part = nf4.quantise(given, kind, size, double=False)
+    assert torch.equal(part.data, data.flatten())
+    assert torch.equal(part.absmax, state.absmax)
+    numbers = nf4.numbers(part, 0, shape[0])
+    values = torch.stack([part.data >> 4, part.data & 15], 1).flatten()[: given.numel()]
+    scales = torch.tensor([float(part.absmax[n // size]) for n in range(given.numel())])
+    assert torch.equal(numbers.flatten(), nf4.table(kind)[values.long()] * scales)
+    # Its own CPU kernel takes a block for the row's where a block is longer than a row.
+    if shape[1] % size == 0:
+        assert torch.equal(numbers, functional.dequantize_4bit(data, state))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scales_quantised_again_are_those_of_bitsandbytes(
+    kind: str, size: int, shape: tuple[int, int]
+) -> None:
+    given = weight(shape)
+    data, state = theirs(given, kind, size, double=True)
+    part = nf4.quantise(given, kind, size, double=True)
+    assert torch.equal(part.data, data.flatten())
+    assert torch.equal(part.absmax, state.absmax)
+    assert torch.equal(part.absmax_scale, state.state2.absmax)
+    assert torch.equal(part.absmax_table, state.state2.code)
+    assert part.absmax_offset == float(state.offset)
+    if shape[1] % size == 0:
+        assert torch.equal(nf4.numbers(part, 0, shape[0]), functional.dequantize_4bit(data, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_widened_first(dtype: torch.dtype) -> None:
+    given = weight((96, 576), dtype)
+    data, state = theirs(given, "nf4", 64, double=True)
+    part = nf4.quantise(given, "nf4", 64, double=True)
+    assert torch.equal(part.data, data.flatten())
+    assert torch.equal(part.absmax, state.absmax)
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (64, 64), (300, 255)])
+def test_a_strip_of_rows_is_that_of_the_whole(shape: tuple[int, int]) -> None:
+    part: Part = nf4.quantise(weight(shape), "nf4", 64, double=True)
+    whole = nf4.numbers(part, 0, shape[0])
+    for first, last in [(0, 1), (1, 2), (2, 7), (shape[0] - 1, shape[0])]:
+        assert torch.equal(nf4.numbers(part, first, last), whole[first:last])
+
+
+def test_every_value_comes_back_from_its_own_code() -> None:
+    for kind in ("nf4", "fp4"):
+        values = nf4.table(kind).repeat(4).view(1, 64)
+        assert torch.equal(nf4.numbers(nf4.quantise(values, kind, 64, double=False), 0, 1), values)
+
+
+def test_zeros_stay_zeros() -> None:
+    for double in (False, True):
+        part = nf4.quantise(torch.zeros(4, 100), "nf4", 64, double=double)
+        assert torch.equal(nf4.numbers(part, 0, 4), torch.zeros(4, 100))
