@@ -116,3 +116,18 @@ def test_a_trimmed_row_keeps_a_token_of_its_own_behind_a_prefix() -> None:
     pack = make_pack(rows, [0, 1], share=True, trim=True)
     assert pack.prefix == 10
     assert (pack.lengths, pack.predict_M.tolist(), pack.labels_M.tolist()) == ((1, 1), [9, 9], [1, 2])
+
+
+def test_a_shared_prefix_fills_a_pack_once() -> None:
+    """Sixteen rows of 60 tokens behind one prompt of 500 are one pack of 1,460, not six packs."""
+    prompt = list(range(500))
+    rows = [
+        example(prompt + [1000 + 60 * n + i for i in range(60)], [False] * 520 + [True] * 40)
+        for n in range(16)
+    ]
+    packs = split_into_packs(rows, 1460, share=True)
+    assert [pack.computed_tokens for pack in packs] == [1460]
+    packs = split_into_packs(rows, 1459, share=True)
+    assert sorted(row for pack in packs for row in pack.rows) == list(range(16))
+    assert [pack.computed_tokens for pack in packs] == [500 + 15 * 60, 560]
+    assert len(split_into_packs(rows, 1460)) == 8

@@ -10,7 +10,8 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from lorimer.bases.gguf import ARRAY, STRING, TYPES, Bytes, TensorEntry
+from lorimer.bases.gguf import ARRAY, STRING, TYPES, TensorEntry
+from lorimer.bases.mapped import Bytes
 
 ALIGNMENT = 32
 VERSION = 3

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lorimer.bases.gguf import Bytes, GgufFile, TensorEntry
+from lorimer.bases.gguf import GgufFile, TensorEntry
+from lorimer.bases.mapped import Bytes
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.errors import BaseError
 

@@ -130,17 +130,19 @@ def split_into_packs(
 
     First-fit decreasing; a row longer than `most_tokens` is a pack of its own. With `together`
     false every row is a pack of its own, which gives the same losses more slowly; with `share` what
-    the rows of a pack begin with is computed once, and with `trim` what nothing sees is left out.
+    the rows of a pack begin with is computed once, and what all rows of the step begin with fills a
+    pack once; with `trim` what nothing sees is left out.
     """
+    prefix = shared_prefix(examples) if share and together else 0
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
     bins: list[list[int]] = []
     room: list[int] = []
     for i in order:
-        size = len(examples[i].ids)
+        size = len(examples[i].ids) - prefix
         fits = next((b for b, left in enumerate(room) if left >= size), None) if together else None
         if fits is None:
             bins.append([i])
-            room.append(most_tokens - size)
+            room.append(most_tokens - prefix - size)
         else:
             bins[fits].append(i)
             room[fits] -= size

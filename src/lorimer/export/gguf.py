@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from lorimer.bases.gguf import Bytes, TensorEntry
+from lorimer.bases.gguf import TensorEntry
 from lorimer.bases.gguf_write import data_bytes, encode_value, make_header, write_gguf
+from lorimer.bases.mapped import Bytes
 from lorimer.bases.open import GgufBase, llama_cpp_name
 from lorimer.errors import BaseError, LorimerError, UserError
 from lorimer.export.mix import FILE_TYPES, tensor_type

@@ -38,8 +38,14 @@ def quantise(weight: Tensor) -> Part:
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     codes = (weight * inverse.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
     shape = (weight.shape[0], weight.shape[1])
-    kept = {"outlier_columns": columns, "outliers": outliers} if len(columns) else {}
-    return Part("int8", shape, codes.view(torch.uint8), row_scale=scale, **kept)
+    return Part(
+        "int8",
+        shape,
+        codes.view(torch.uint8),
+        row_scale=scale,
+        outlier_columns=columns if len(columns) else None,
+        outliers=outliers if len(columns) else None,
+    )
 
 
 def numbers(part: Part, first: int, last: int) -> Tensor:
