@@ -72,7 +72,7 @@ def test_every_token_of_a_row_but_one_may_be_shared() -> None:
 
 def test_sharing_is_per_pack() -> None:
     examples = [example(row, [i > 13 for i in range(len(row))]) for row in rows_behind(13, [9, 9, 9, 9])]
-    packs = split_into_packs(examples, 50, share=True)
+    packs = split_into_packs(examples, 35, share=True)
     assert [pack.prefix for pack in packs] == [13, 13]
     assert sum(pack.tokens for pack in packs) == 4 * 22
     assert all(pack.prefix == 0 for pack in split_into_packs(examples, 50, share=True, together=False))

@@ -102,3 +102,12 @@ def test_zeros_stay_zeros() -> None:
     for double in (False, True):
         part = nf4.quantise(torch.zeros(4, 100), "nf4", 64, double=double)
         assert torch.equal(nf4.numbers(part, 0, 4), torch.zeros(4, 100))
+
+
+def test_every_place_of_the_8_bit_type_has_its_code() -> None:
+    places = (torch.arange(1 << 16) / 32767.5 - 1).view(-1, 128)
+    given = torch.cat([torch.ones(512, 1), places, torch.zeros(512, 127)], 1).flatten()
+    expected, state = functional.quantize_blockwise(given, blocksize=256)
+    codes, scales = nf4._quantise_scales(given)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales, state.absmax)

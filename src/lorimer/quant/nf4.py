@@ -93,15 +93,26 @@ def _quantise_chunk(numbers: Tensor, kind: str, block_size: int) -> tuple[Tensor
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
-def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit codes of the dynamic type and each block's float32 scale; on a tie the lower value."""
+@cache
+def _nearest_codes() -> Tensor:
+    """The code of the value nearest to k / 32767.5 - 1, for k below 65,536."""
     values = dynamic_table()
+    places = torch.arange(1 << 16) / 32767.5 - 1
+    return torch.bucketize(places, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+
+
+def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes of the dynamic type and each block's float32 scale.
+
+    A number is first rounded to one of 65,536 places, as bitsandbytes does to look its code up; so a
+    few are not the nearest, and a zero is 1.5e-5. A block of zeros has the code 0.
+    """
     blocks = torch.nn.functional.pad(scales, (0, -scales.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(-1)
-    scaled = (blocks / largest.clamp(min=SMALLEST).unsqueeze(1)).view(-1)[: scales.numel()]
-    left = (torch.searchsorted(values, scaled, right=True) - 1).clamp_(0, 254)
-    nearer = (scaled - values[left + 1]).abs() < (scaled - values[left]).abs()
-    return (left + nearer).to(torch.uint8), largest
+    inverse = torch.where(largest > 0, 1 / largest, 0.0).unsqueeze(1)
+    places = (blocks * inverse).add_(1).mul_(32767.5).add_(0.5).int()
+    codes = torch.where(largest.unsqueeze(1) > 0, _nearest_codes()[places], 0)
+    return codes.view(-1)[: scales.numel()].to(torch.uint8), largest
 
 
 def numbers(part: Part, first: int, last: int) -> Tensor:
