@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -427,13 +428,14 @@ class Session:
         with trace.stage("data"):
             rows = self.stream.step_rows(step)
             examples = [self.data.train[row] for row in rows]
-            packs = split_into_packs(
+            split = partial(
+                split_into_packs,
                 examples,
-                self.micro_batch_tokens,
                 together=self.config.data.pack,
                 share=self.shares,
                 trim=self.trims,
             )
+            packs = split(self.micro_batch_tokens)
         rate = learning_rate(self.config.train, step, self.stream.total_steps)
         self.last = train_step(
             self.model.decoder,
@@ -444,7 +446,14 @@ class Session:
             smoothing=self.config.train.label_smoothing,
             dropout=self.dropout,
             places=_places(examples),
+            split=split,
         )
+        if self.last.split is not None:
+            self.micro_batch_tokens = self.last.split
+            self._say(
+                f"memory ran out at step {step + 1}: it was computed again, {self.last.split:,} tokens at "
+                "once, with the same gradient, and so are the steps that follow"
+            )
         seconds = time.perf_counter() - began
         progress = self.progress
         progress.step = step + 1

@@ -55,6 +55,11 @@ class AdamW:
             self.adapter.refresh()
         return norm
 
+    def clear(self) -> None:
+        """Forget the gradients of a step that was not finished; nothing else has changed."""
+        assert self.adapter.flat.grad is not None
+        self.adapter.flat.grad.zero_()
+
     def state(self) -> dict[str, Tensor]:
         """Both moments and the step count, by name, as they are."""
         return {"m": self.m, "v": self.v, "steps": torch.tensor(self.steps)}

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lorimer.data.pack import Pack
-from lorimer.errors import DivergenceError
+from lorimer.errors import DivergenceError, LorimerError
 from lorimer.kernels import trace
 from lorimer.lora.layers import LoraDropout
 from lorimer.model.decoder import Decoder
@@ -21,6 +23,7 @@ class StepResult:
     grad_norm: float  # before clipping
     tokens: int
     trained_tokens: int
+    split: int | None = None  # most tokens at once after memory ran out, else None
 
 
 def train_step(
@@ -33,12 +36,49 @@ def train_step(
     smoothing: float = 0.0,
     dropout: LoraDropout | None = None,
     places: Callable[[Pack], str] = lambda pack: f"rows {list(pack.rows)}",
+    split: Callable[[int], Sequence[Pack]] | None = None,
 ) -> StepResult:
     """Update the adapter once. The loss is the sum over trained tokens divided by their number in
     the whole step, counted before the first backward.
 
-    Raises DivergenceError, with nothing updated, if a loss or the gradient is not finite.
+    When memory runs out before the update, the gradients are cleared and the step is computed again in
+    the packs of at most half as many tokens that `split` gives: the same gradient but for rounding.
+    Raises DivergenceError, with nothing updated, if a loss or the gradient is not finite, and
+    LorimerError if single rows do not fit.
     """
+    most = None
+    while True:
+        try:
+            total = _gradients(decoder, packs, step, smoothing, dropout, places)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler, whose traceback holds on to everything that the failed try had made.
+        optimizer.clear()
+        most = max(pack.tokens for pack in packs) // 2
+        if split is None or all(len(pack.rows) == 1 for pack in packs):
+            raise _does_not_fit(step, max(pack.tokens for pack in packs))
+        packs = split(most)
+        if decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+    with trace.stage("optimizer"):
+        norm = optimizer.step(learning_rate)
+    if not math.isfinite(norm):
+        raise _diverged(f"the gradient's norm is {norm}", step, "; ".join(places(pack) for pack in packs))
+    trained = sum(pack.trained_tokens for pack in packs)
+    return StepResult(total, norm, sum(pack.tokens for pack in packs), trained, most)
+
+
+def _gradients(
+    decoder: Decoder,
+    packs: Sequence[Pack],
+    step: int,
+    smoothing: float,
+    dropout: LoraDropout | None,
+    places: Callable[[Pack], str],
+) -> float:
+    """Add up the gradients of all packs; returns the loss of the step."""
     trained = sum(pack.trained_tokens for pack in packs)
     total = 0.0
     for pack in packs:
@@ -51,11 +91,25 @@ def train_step(
         with trace.stage("backward"):
             loss.backward()
         total += value
-    with trace.stage("optimizer"):
-        norm = optimizer.step(learning_rate)
-    if not math.isfinite(norm):
-        raise _diverged(f"the gradient's norm is {norm}", step, "; ".join(places(pack) for pack in packs))
-    return StepResult(total, norm, sum(pack.tokens for pack in packs), trained)
+    return total
+
+
+# What PyTorch's allocators say: of a GPU, of the CPU on Linux, on others, and C++'s own.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in main memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def _does_not_fit(step: int, tokens: int) -> LorimerError:
+    return LorimerError(
+        f"there is not enough memory at step {step + 1} for one row of {tokens:,} tokens",
+        fix="Nothing was updated in this step. Lower `data.max_tokens` or `lora.r`, or free memory.",
+    )
 
 
 def _diverged(what: str, step: int, rows: str) -> DivergenceError:
