@@ -39,14 +39,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_tiny(tmp_path_factory.mktemp("base") / "tiny").base
 
 
-def a_step(base: Any, rows: list[Example], *, dropout: float = 0.0) -> tuple[StepResult, torch.Tensor]:
+def a_step(
+    base: Any, rows: list[Example], *, dropout: float = 0.0, share: bool = False
+) -> tuple[StepResult, torch.Tensor]:
     decoder = load_decoder(base, FP32)
     adapter, _ = new_adapter(decoder, LoraConfig(r=4), seed=0)
     with torch.no_grad():
         adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(0)) / 9)
     adapter.refresh()
     masks = LoraDropout(dropout, 0, torch.float32, torch.device("cpu")) if dropout else None
-    split = partial(split_into_packs, rows)
+    split = partial(split_into_packs, rows, share=share)
     result = train_step(
         decoder,
         AdamW(adapter, TrainConfig()),
@@ -107,6 +109,26 @@ def test_a_row_that_does_not_fit_alone_ends_the_run_with_nothing_updated(
         a_step(base, examples([20, 31, 12, 25]))
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) > 1
+
+
+def test_rows_behind_a_shared_prompt_are_split_too(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pack computes far fewer tokens than its rows have: half of these would be the same pack."""
+    prompt = np.arange(3, 43, dtype=np.int32)
+    rows = [
+        Example(np.concatenate([prompt, np.full(5, 50 + n, np.int32)]), np.arange(45) >= 42, f"row {n}")
+        for n in range(8)
+    ]
+    sizes: list[int] = []
+
+    def failing(decoder: Any, pack: Any, **settings: Any) -> Any:
+        sizes.append(pack.computed_tokens)
+        assert len(sizes) < 9, "the same packs again and again"
+        raise MemoryError
+
+    monkeypatch.setattr(step_module, "pack_loss", failing)
+    with pytest.raises(LorimerError, match="one row of 45 tokens"):
+        a_step(base, rows, share=True)
+    assert sizes == sorted(set(sizes), reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Linear layers that share an input are stacked as they arrive, so no second copy 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,14 +68,24 @@ def read_weight(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor:
 
 
 @dataclass(slots=True)
-class _Source(ABC):
-    """Where a decoder's parts come from; `tensor` gives float32 numbers of a name and a shape."""
+class _Reader:
+    """Reads tensors of one base by their Hugging Face names, checked against the shape wanted."""
 
+    base: BaseFiles
     spec: ModelSpec
     place: Place
 
-    @abstractmethod
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        entry = self.base.tensors.get(name)
+        if entry is None:
+            raise BaseError(f"the weight `{name}` is missing", path=self.base.path)
+        if tuple(entry.shape) != shape:
+            raise BaseError(
+                f"the weight `{name}` has the shape {list(entry.shape)} (wanted: {list(shape)})",
+                fix="The config and the weights do not belong together.",
+                path=self.base.path,
+            )
+        return read_weight(self.base, self.spec, name)
 
     def norm(self, path: str, size: int) -> NormSlot:
         weight = self.tensor(f"{path}.weight", (size,)).to(self.place.device, torch.float32)
@@ -103,32 +112,6 @@ class _Source(ABC):
         return Table(path, DenseLinear(value.clone() if value.dtype == torch.float32 else value))
 
 
-@dataclass(slots=True)
-class _Reader(_Source):
-    """Reads tensors of one base by their Hugging Face names, checked against the shape wanted."""
-
-    base: BaseFiles
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        entry = self.base.tensors.get(name)
-        if entry is None:
-            raise BaseError(f"the weight `{name}` is missing", path=self.base.path)
-        if tuple(entry.shape) != shape:
-            raise BaseError(
-                f"the weight `{name}` has the shape {list(entry.shape)} (wanted: {list(shape)})",
-                fix="The config and the weights do not belong together.",
-                path=self.base.path,
-            )
-        return read_weight(self.base, self.spec, name)
-
-
-class _Shapes(_Source):
-    """Shapes alone: tensors without storage."""
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, device="meta")
-
-
 def load_decoder(base: BaseFiles, place: Place) -> Decoder:
     """The base's weights as a decoder on this device, in this type.
 
@@ -137,16 +120,7 @@ def load_decoder(base: BaseFiles, place: Place) -> Decoder:
     """
     keep_freed_memory()
     spec = read_spec(base.config, path=str(base.path))
-    return _assemble(_Reader(spec, place, base))
-
-
-def skeleton(spec: ModelSpec, dtype: torch.dtype) -> Decoder:
-    """The decoder of this spec with all shapes and no numbers, for counting."""
-    return _assemble(_Shapes(spec, Place(torch.device("meta"), dtype)))
-
-
-def _assemble(reader: _Source) -> Decoder:
-    spec, place = reader.spec, reader.place
+    reader = _Reader(base, spec, place)
     embedding = reader.table("model.embed_tokens")
     layers = [_layer(reader, number) for number in range(spec.layers)]
     head = Table("lm_head", embedding.weight) if spec.tied_head else reader.table("lm_head")
@@ -164,7 +138,7 @@ def _assemble(reader: _Source) -> Decoder:
     )
 
 
-def _layer(reader: _Source, number: int) -> Layer:
+def _layer(reader: _Reader, number: int) -> Layer:
     spec = reader.spec
     path = f"model.layers.{number}"
     attention, mlp = f"{path}.self_attn", f"{path}.mlp"

@@ -56,7 +56,7 @@ def train_step(
                 raise
         # Outside of the handler, whose traceback holds on to everything that the failed try had made.
         optimizer.clear()
-        most = max(pack.tokens for pack in packs) // 2
+        most = max(pack.computed_tokens for pack in packs) // 2
         if split is None or all(len(pack.rows) == 1 for pack in packs):
             raise _does_not_fit(step, max(pack.tokens for pack in packs))
         packs = split(most)
