@@ -15,13 +15,15 @@ from lorimer.generate import engine
 from lorimer.generate.engine import generate_ids
 from lorimer.generate.model import Model, load
 from lorimer.generate.sampling import Sampling
+from lorimer.kernels.native import library
 from lorimer.model.decoder import Decoder
 from model_cases import CASES
-from tiny import Tiny, make_tiny, our_logits, random_rows
+from tiny import FAMILIES, Tiny, make_tiny, our_logits, random_rows
 
 PROMPTS = random_rows((5, 1, 17, 9, 9, 30), seed=4)
 GREEDY, WARM = Sampling(), Sampling(temperature=1.5, top_p=0.95, seed=11)
 EOS = [2]
+BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}}
 
 
 def answers(
@@ -60,6 +62,22 @@ def test_greedy_equals_transformers(name: str, penalty: float, tmp_path: Path) -
         ended = "eos" if theirs[-1] in EOS else "length"
         assert answer.tokens == [token for token in theirs if token not in EOS]
         assert answer.ended == ended
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_next_token_runs_from_a_tape(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every family, with the answers that there are without tapes."""
+    decoder = make_tiny(tmp_path, family, head_dim=16, **BIASES.get(family, {})).decoder
+    with_tape = ids(answers(decoder))
+    replayed = []
+    run = library.run_tape
+    monkeypatch.setattr(library, "run_tape", lambda slots: (replayed.append(1), run(slots)))
+    assert ids(answers(decoder)) == with_tape
+    assert bool(replayed) == library.tapes()
+    monkeypatch.setattr(library, "tapes", lambda: False)
+    assert ids(answers(decoder)) == with_tape
 
 
 @pytest.mark.trap(58)

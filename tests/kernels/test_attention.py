@@ -253,6 +253,32 @@ def test_decoding(
     assert torch.equal(*results)
 
 
+@isas
+@types
+def test_a_query_may_lie_in_a_wider_buffer(dtype: torch.dtype, isa: str) -> None:
+    stacked = torch.randn(3, 5 * 16).to(dtype)
+    caches = torch.randn(2, 3, 1, 4, 16).to(dtype)
+    query, lengths = stacked[:, 16:64].view(3, 3, 16), torch.tensor([4, 1, 2])
+    with library.using(isa):
+        apart = attention.decode(query.contiguous(), *caches, lengths, scale=0.25)
+        assert torch.equal(attention.decode(query, *caches, lengths, scale=0.25), apart)
+
+
+@isas
+@types
+def test_appending_to_a_cache(dtype: torch.dtype, isa: str) -> None:
+    stacked = torch.randn(3, 7 * 16).to(dtype)
+    key, value = stacked[:, 16:48].view(3, 2, 16), stacked[:, 64:96].view(3, 2, 16)
+    caches = torch.zeros(2, 3, 2, 5, 16, dtype=dtype)
+    wanted = caches.clone()
+    lengths = torch.tensor([5, 1, 3])
+    for row, length in enumerate(lengths.tolist()):
+        wanted[0, row, :, length - 1], wanted[1, row, :, length - 1] = key[row], value[row]
+    with library.using(isa):
+        attention.append(key, value, *caches, lengths)
+    assert torch.equal(caches, wanted)
+
+
 # --- what does not fit ----------------------------------------------------------------------------
 
 
@@ -290,6 +316,8 @@ def test_lengths_beyond_the_cache_are_refused() -> None:
     for length in (0, 5):
         with pytest.raises(ValueError, match="length"):
             attention.decode(query, cache_, cache_, torch.tensor([length]), scale=1.0)
+        with pytest.raises(ValueError, match="length"):
+            attention.append(query, query, cache_, cache_, torch.tensor([length]))
 
 
 def test_head_sizes(caplog: pytest.LogCaptureFixture) -> None:

@@ -91,6 +91,9 @@ def test_rms_norm(dtype: torch.dtype, size: int) -> None:
     like_twin(rstd, twin_rstd)
     assert same(native.rms_norm(within_a_buffer(x), weight, 1e-3)[0], normed)
     assert same(native.rms_norm_apply(within_a_buffer(x), rstd, weight), normed)
+    over = within_a_buffer(x)
+    assert native.rms_norm(over, weight, 1e-3, in_place=True)[0] is over
+    assert same(over, normed)
     # A weight around 0, as Gemma keeps it, is the same norm.
     shifted, _ = native.rms_norm(x, weight - 1, 1e-3, offset=1.0)
     near(shifted, exact, 1e-6 * (1 + exact.abs()))

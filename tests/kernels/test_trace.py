@@ -142,6 +142,14 @@ CASES: dict[str, tuple[Callable[[], Any], float, float]] = {
         2 * 2 * 4 * 16 * 3,
         4 * (2 * 128 + 2 * 32 * 3),
     ),
+    # Two rows' keys and values of 2 x 16 move from one place to another.
+    "cache_append": (
+        lambda: attention.append(
+            *(of(2, 2, 16), of(2, 2, 16), of(2, 2, 9, 16), of(2, 2, 9, 16), torch.tensor([3, 1]))
+        ),
+        0,
+        2 * 4 * 2 * 64,
+    ),
     "rms_norm": (lambda: elementwise.rms_norm(of(3, 5, dtype=BF16), of(5), 1e-5), 0, 2 * 30 + 4 * (3 + 5)),
     "rms_norm of heads": (
         lambda: elementwise.rms_norm(of(3, 2, 5), of(5), 1e-5),

@@ -57,7 +57,7 @@ def choose(
     if sampling.repetition_penalty != 1.0:
         logits_BV = _penalise(logits_BV, sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
-        return [int(token) for token in logits_BV.argmax(-1)]
+        return logits_BV.argmax(-1).tolist()
     probs_BV = _filter(logits_BV / sampling.temperature, sampling).softmax(-1).double().cumsum(-1)
     draws = [_uniform(key, position) for key, position in zip(keys, positions, strict=True)]
     points_B1 = torch.tensor(draws, dtype=torch.float64, device=probs_BV.device).unsqueeze(1)

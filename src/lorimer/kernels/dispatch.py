@@ -323,6 +323,14 @@ def turned(stacked_TS: Tensor, heads: Heads, turn: Turn) -> tuple[Tensor, Tensor
     return _turned(query, *turn), _turned(key, *turn), value
 
 
+def norm_in_place(states: Tensor, norm: Norm) -> bool:
+    """RMSNorm over the last dimension, written over the states, without gradients: done or not."""
+    if torch.is_grad_enabled() or not usable(states):
+        return False
+    elementwise.rms_norm(states, norm.weight_H, norm.eps, in_place=True)
+    return True
+
+
 def attends(states: Tensor, heads: Heads) -> bool:
     """Whether `turn_and_attend` takes these."""
     return usable(states) and native_attention.takes(heads.size)

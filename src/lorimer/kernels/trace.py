@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter_ns, thread_time_ns
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -47,6 +47,16 @@ class Stage(NamedTuple):
     end: int
     waiting: int
     inner: int  # of it, in the stages that lie in it
+
+
+class Recording(Protocol):
+    """What hears of each kernel's call and makes it: `arguments` are `values` with their tensors."""
+
+    def call(
+        self, name: str, function: Callable[..., None], values: Sequence[Any], arguments: Sequence[Any]
+    ) -> None: ...
+
+    def stage(self, name: str) -> AbstractContextManager[None]: ...
 
 
 class Recorder:
@@ -89,7 +99,7 @@ class Recorder:
                 self._inner[-1] += end - begin
 
 
-recorder: Recorder | None = None
+recorder: Recording | None = None
 
 
 @contextmanager
@@ -244,6 +254,7 @@ def _attention_decode(
     heads: int,
     kv_heads: int,
     size: int,
+    stride: int,
     scale: float,
     window: int,
     *_: float,
@@ -251,6 +262,11 @@ def _attention_decode(
     pairs = sum(length if window < 1 else min(length, window) for length in lengths.tolist())
     moved = query.element_size() * 2 * size * (batch * heads + kv_heads * pairs)
     return Work(f"{batch} rows, {pairs} pairs", 4 * heads * size * pairs, moved)
+
+
+def _cache_append(key: Tensor, value: Tensor, *_: Any) -> Work:
+    """Read once and written once."""
+    return Work(_shape(key), 0, 2 * (_bytes(key) + _bytes(value)))
 
 
 def _rms_norm(
@@ -330,6 +346,7 @@ WORK: dict[str, Callable[..., Work]] = {
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
     "attention_decode": _attention_decode,
+    "cache_append": _cache_append,
     "rms_norm": _rms_norm,
     "rms_norm_apply": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,

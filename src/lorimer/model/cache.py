@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorimer.kernels.native import attention as native_attention
+from lorimer.kernels.native.library import usable
+from lorimer.kernels.tape import Tape
 from lorimer.model.spec import ModelSpec
 
 
@@ -27,6 +30,11 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
         self.lengths = [0] * rows
         self.index = torch.arange(rows, device=device)
+        self._tapes: dict[bool, Tape] = {}
+
+    def tape(self, adapted: bool) -> Tape:
+        """What the next token's kernels are kept on, as long as keys and values stay where they are."""
+        return self._tapes.setdefault(adapted, Tape())
 
     @property
     def capacity(self) -> int:
@@ -38,14 +46,18 @@ class KVCache:
         self.keys[layer][row, :, :length] = key_TKD.transpose(0, 1)
         self.values[layer][row, :, :length] = value_TKD.transpose(0, 1)
 
-    def append(self, layer: int, positions_B: Tensor, key_BKD: Tensor, value_BKD: Tensor) -> None:
-        """One token for each row, at that row's position."""
-        self.keys[layer][self.index, :, positions_B] = key_BKD
-        self.values[layer][self.index, :, positions_B] = value_BKD
+    def append(self, layer: int, lengths_B: Tensor, key_BKD: Tensor, value_BKD: Tensor) -> None:
+        """One token for each row, at the last of the `lengths_B` places that it then has."""
+        if usable(key_BKD):
+            native_attention.append(key_BKD, value_BKD, self.keys[layer], self.values[layer], lengths_B)
+            return
+        self.keys[layer][self.index, :, lengths_B - 1] = key_BKD
+        self.values[layer][self.index, :, lengths_B - 1] = value_BKD
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, in this order."""
         index = torch.tensor(rows, device=self.index.device)
+        self._tapes = {}
         for layer in range(len(self.keys)):
             self.keys[layer] = self.keys[layer].index_select(0, index)
             self.values[layer] = self.values[layer].index_select(0, index)
@@ -54,6 +66,7 @@ class KVCache:
 
     def grow(self, capacity: int) -> None:
         """Room for more positions."""
+        self._tapes = {}
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 wide = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))

@@ -191,25 +191,33 @@ class Decoder:
         return hidden_TH if only_M is None else hidden_TH.index_select(0, only_M)
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states [B, H] of one more token for each row of the cache."""
-        turn = Turn(*self.rope.at(cache.lengths))
-        positions_B = torch.tensor(cache.lengths, device=self.device)
-        hidden_BH = self.embed(ids_B)
-        for number, layer in enumerate(self.layers):
-            stacked = self._query_key_value(layer, hidden_BH, None)
-            query, key, value = dispatch.turned(stacked, self._heads, turn)
-            cache.append(number, positions_B, key, value)
-            mixed = attend_cache(
-                query,
-                cache.keys[number],
-                cache.values[number],
-                positions_B + 1,
-                scale=self.spec.attention_scale,
-                window=layer.window,
-            )
-            hidden_BH = self._finish_layer(layer, hidden_BH, mixed, None)
+        """Hidden states [B, H] of one more token for each row of the cache; they last until the next.
+
+        Raises ValueError if the cache has no room for it.
+        """
+        if max(cache.lengths) >= cache.capacity:
+            raise ValueError(f"the cache is full: {cache.capacity} positions")
+        turn = self.rope.at(cache.lengths)
         cache.lengths = [length + 1 for length in cache.lengths]
-        return hidden_BH
+        lengths_B = torch.tensor(cache.lengths, device=self.device)
+
+        def step(hidden_BH: Tensor, cos_BF: Tensor, sin_BF: Tensor, lengths_B: Tensor) -> Tensor:
+            for number, layer in enumerate(self.layers):
+                stacked = self._query_key_value(layer, hidden_BH, None)
+                query, key, value = dispatch.turned(stacked, self._heads, Turn(cos_BF, sin_BF))
+                cache.append(number, lengths_B, key, value)
+                mixed = attend_cache(
+                    query,
+                    cache.keys[number],
+                    cache.values[number],
+                    lengths_B,
+                    scale=self.spec.attention_scale,
+                    window=layer.window,
+                )
+                hidden_BH = self._finish_layer(layer, hidden_BH, mixed, None)
+            return hidden_BH
+
+        return cache.tape(self.adapted)(step, self.embed(ids_B), *turn, lengths_B)
 
     def embed(self, ids_T: Tensor) -> Tensor:
         if self.adapted and self.embedding.trained is not None:
@@ -252,6 +260,9 @@ class Decoder:
         if layer.query_norm is None or layer.key_norm is None:
             return stacked
         query, key, value = self._heads.parts(stacked)
+        norms = layer.query_norm.norm(self.adapted), layer.key_norm.norm(self.adapted)
+        if dispatch.norm_in_place(query, norms[0]) and dispatch.norm_in_place(key, norms[1]):
+            return stacked
         normed = layer.query_norm(query, self.adapted), layer.key_norm(key, self.adapted), value
         return torch.cat([part.flatten(1) for part in normed], 1)
 

@@ -43,9 +43,9 @@ void backward(const Pack& pack, const void* grad, const void* q, const void* k, 
 
 template <class T>
 void decode(const Pack& pack, const void* q, const void* keys, const void* values, void* out, const int64_t* lengths,
-            int64_t batch, int64_t capacity) {
+            int64_t batch, int64_t capacity, int64_t q_stride) {
   Decode<T>{pack,    static_cast<const T*>(q), static_cast<const T*>(keys), static_cast<const T*>(values),
-            static_cast<T*>(out), lengths, batch, capacity, nullptr}
+            static_cast<T*>(out), lengths, batch, capacity, q_stride, nullptr}
       .run();
 }
 
@@ -74,12 +74,31 @@ LORIMER_EXPORT(attention_backward)
   else backward<float>(pack, grad, q, k, v, out, lse, grad_q, grad_k, grad_v, q_stride, kv_stride, grad_stride);
 }
 
-// q and out are [B, N, D], keys and values [B, K, capacity, D]; row b sees its first lengths[b] keys.
+// q and out are [B, N, D], q with a row's stride in elements; keys and values [B, K, capacity, D]; row b
+// sees its first lengths[b] keys.
 LORIMER_EXPORT(attention_decode)
 (const void* q, const void* keys, const void* values, void* out, const int64_t* lengths, int64_t batch,
- int64_t capacity, int64_t heads, int64_t kv_heads, int64_t size, float scale, int64_t window, float cap, int dtype,
- int threads) {
+ int64_t capacity, int64_t heads, int64_t kv_heads, int64_t size, int64_t q_stride, float scale, int64_t window,
+ float cap, int dtype, int threads) {
   const Pack pack = pack_of(nullptr, 0, 0, heads, kv_heads, size, scale, window, cap, threads);
-  if (dtype) decode<bf16>(pack, q, keys, values, out, lengths, batch, capacity);
-  else decode<float>(pack, q, keys, values, out, lengths, batch, capacity);
+  if (dtype) decode<bf16>(pack, q, keys, values, out, lengths, batch, capacity, q_stride);
+  else decode<float>(pack, q, keys, values, out, lengths, batch, capacity, q_stride);
 }
+LORIMER_ON_TAPE(attention_decode)
+
+// One new token of each row into its caches [B, K, capacity, D]: key and value [B, K, D], with a row's
+// stride in elements, at the place before lengths[b]. Elements have `bytes` bytes.
+LORIMER_EXPORT(cache_append)
+(const void* key, const void* value, int64_t stride, void* keys, void* values, const int64_t* lengths, int64_t batch,
+ int64_t kv_heads, int64_t capacity, int64_t size, int bytes) {
+  const size_t piece = static_cast<size_t>(size * bytes);
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      const int64_t from = (row * stride + head * size) * bytes;
+      const int64_t to = ((row * kv_heads + head) * capacity + lengths[row] - 1) * size * bytes;
+      std::memcpy(static_cast<char*>(keys) + to, static_cast<const char*>(key) + from, piece);
+      std::memcpy(static_cast<char*>(values) + to, static_cast<const char*>(value) + from, piece);
+    }
+  }
+}
+LORIMER_ON_TAPE(cache_append)

@@ -21,7 +21,8 @@ LARGEST_HEAD = 256
 _OPTIONS = "flfii"  # scale, window, softcap, dtype, threads
 _forward = Kernel("attention_forward", "pppppp" + "lllllll" + _OPTIONS)
 _backward = Kernel("attention_backward", "pppppppppp" + "llllllll" + _OPTIONS)
-_decode = Kernel("attention_decode", "ppppp" + "lllll" + _OPTIONS)
+_decode = Kernel("attention_decode", "ppppp" + "llllll" + _OPTIONS)
+_append = Kernel("cache_append", "pplppp" + "lllli")
 
 
 def takes(head_size: int) -> bool:
@@ -108,24 +109,51 @@ def decode(
 ) -> Tensor:
     """One new token of each row against its cache, whose first `lengths_B` places it sees: [B, N, D].
 
-    The caches are contiguous; a length is an int64 from 1 to C. Raises ValueError for what does not fit.
+    A row's query lies in one piece, perhaps in a wider buffer. The caches are contiguous; a length is an
+    int64 from 1 to C. Raises ValueError for what does not fit.
     """
     batch, heads, size = query_BND.shape
     kv_heads, capacity = key_BKCD.shape[1:3]
-    query_BND, lengths_B = query_BND.contiguous(), lengths_B.contiguous()
     _check_heads(heads, kv_heads, size, query_BND, key_BKCD, value_BKCD)
-    _demand(
-        key_BKCD.shape == value_BKCD.shape == (batch, kv_heads, capacity, size), "keys and values differ"
-    )
-    _demand(key_BKCD.is_contiguous() and value_BKCD.is_contiguous(), "a cache is not contiguous")
-    _demand(lengths_B.dtype == torch.int64 and lengths_B.shape == (batch,), "lengths are no int64 [B]")
-    _demand(all(0 < length <= capacity for length in lengths_B.tolist()), "a length is not 1 to capacity")
-    out_BND = torch.empty_like(query_BND)
+    _check_cache(key_BKCD, value_BKCD, lengths_B, (batch, kv_heads, capacity, size))
+    _demand(query_BND.stride()[1:] == (size, 1), "a query's heads do not lie next to each other")
+    out_BND = torch.empty((batch, heads, size), dtype=query_BND.dtype)
     _decode(
         *(query_BND, key_BKCD, value_BKCD, out_BND, lengths_B, batch, capacity, heads, kv_heads, size),
-        *_options(query_BND, scale, window, softcap),
+        *(query_BND.stride(0), *_options(query_BND, scale, window, softcap)),
     )
     return out_BND
+
+
+def append(
+    key_BKD: Tensor, value_BKD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, lengths_B: Tensor
+) -> None:
+    """One new token of each row into its caches, at the last of the `lengths_B` places it has then.
+
+    A row's new key and value lie each in one piece, perhaps in a wider buffer, as far apart in both.
+    Raises ValueError for what does not fit.
+    """
+    batch, kv_heads, size = key_BKD.shape
+    capacity = key_BKCD.shape[2]
+    _check_cache(key_BKCD, value_BKCD, lengths_B, (batch, kv_heads, capacity, size))
+    _demand(key_BKD.shape == value_BKD.shape, "key and value differ")
+    _demand(key_BKD.stride() == value_BKD.stride(), "key and value have different strides")
+    _demand(key_BKD.stride()[1:] == (size, 1), "a row's heads do not lie next to each other")
+    _demand(key_BKD.dtype == value_BKD.dtype == key_BKCD.dtype == value_BKCD.dtype, "the types differ")
+    _append(
+        *(key_BKD, value_BKD, key_BKD.stride(0), key_BKCD, value_BKCD, lengths_B),
+        *(batch, kv_heads, capacity, size, key_BKD.element_size()),
+    )
+
+
+def _check_cache(
+    key_BKCD: Tensor, value_BKCD: Tensor, lengths_B: Tensor, shape: tuple[int, int, int, int]
+) -> None:
+    _demand(key_BKCD.shape == value_BKCD.shape == shape, "keys and values differ")
+    _demand(key_BKCD.is_contiguous() and value_BKCD.is_contiguous(), "a cache is not contiguous")
+    right = lengths_B.dtype == torch.int64 and lengths_B.shape == shape[:1] and lengths_B.is_contiguous()
+    _demand(right, "lengths are no contiguous int64 [B]")
+    _demand(all(0 < length <= shape[2] for length in lengths_B.tolist()), "a length is not 1 to capacity")
 
 
 def _options(query: Tensor, scale: float, window: int | None, softcap: float) -> tuple[float, ...]:

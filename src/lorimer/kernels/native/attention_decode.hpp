@@ -29,7 +29,7 @@ struct Decode {
   const T *q, *keys, *values;
   T* out;
   const int64_t* lengths;
-  int64_t batch, capacity;
+  int64_t batch, capacity, q_stride;
   // Of each part of the keys: sums [D], padded to whole panels, then the largest exponent and the total.
   float* parts;
 
@@ -49,7 +49,7 @@ struct Decode {
     const typename Blocks<T>::Use use;
     DecodeRoom<T> room = room_in<DecodeRoom<T>>(TASK, pack);
     const int64_t at = ((row * pack.kv_heads + kv_head) * capacity + begin) * size;
-    const Rows queries = operand_rows(q + (row * pack.heads + kv_head * group) * size, group, size, room.wide_queries);
+    const Rows queries = operand_rows(q + row * q_stride + kv_head * group * size, group, size, room.wide_queries);
     const int64_t padded = round_up(count, PANEL);
     for (int64_t key = 0; key < count; key += PANEL) {
       pack_columns(keys + at + key * size, size, size, smaller<int64_t>(PANEL, count - key), room.panel);

@@ -521,3 +521,7 @@ LORIMER_EXPORT(column_sums)
     column_sums(as<decltype(type)>(grad), stride, out, rows, columns, threads);
   });
 }
+
+LORIMER_ON_TAPE(rms_norm)
+LORIMER_ON_TAPE(rotate)
+LORIMER_ON_TAPE(gated)

@@ -50,14 +50,16 @@ def _shape(states: Tensor) -> tuple[int, int, int]:
 
 
 def rms_norm(
-    hidden_TH: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0
+    hidden_TH: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Root mean square norm over the last dimension of [T, H] or [T, N, D], times weight + offset.
 
     See reference.rms_norm; the factor that the backward needs is float32 [T, 1] or [T, N, 1].
+    `in_place` writes the result over the states, of which each token must lie in one piece.
     """
+    assert not in_place or _tokens(hidden_TH) is hidden_TH
     hidden_TH = _tokens(hidden_TH)
-    out_TH = workspace.empty(hidden_TH.shape, hidden_TH.dtype)
+    out_TH = hidden_TH if in_place else workspace.empty(hidden_TH.shape, hidden_TH.dtype)
     rstd_T1 = torch.empty((*hidden_TH.shape[:-1], 1), dtype=torch.float32)
     _rms_norm(
         *(hidden_TH, hidden_TH.stride(0), _factors(weight_H), out_TH, out_TH.stride(0), rstd_T1),

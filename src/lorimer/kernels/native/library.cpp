@@ -188,6 +188,15 @@ extern "C" void lorimer_parallel(int threads, LorimerWork work, void* data) {
 
 extern "C" int64_t lorimer_next(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
+// --- tapes --------------------------------------------------------------------------------------
+
+// Runs calls one after the other. Each is the address of a kernel's _on_tape function, how many slots
+// follow, and those. `length` counts everything.
+EXPORT void lorimer_run_tape(const int64_t* tape, int64_t length) {
+  typedef void (*OnTape)(const int64_t*);
+  for (int64_t at = 0; at < length; at += 2 + tape[at + 1]) reinterpret_cast<OnTape>(tape[at])(tape + at + 2);
+}
+
 // --- scratch memory -----------------------------------------------------------------------------
 
 namespace {

@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,6 +142,38 @@ def note(kernel: str, why: str) -> None:
     log.debug("%s runs on its reference: %s", kernel, why)
 
 
+def tapes() -> bool:
+    """Whether there is a library that runs tapes."""
+    return active() != REFERENCE
+
+
+def run_tape(slots: array[int]) -> None:
+    """Run the calls of a tape: for each the address from `on_tape`, how many slots follow, and those."""
+    library, why = _open()
+    assert library is not None, why
+    address, length = slots.buffer_info()
+    library.lorimer_run_tape(ctypes.c_void_p(address), ctypes.c_int64(length))
+
+
+def on_tape(name: str) -> int | None:
+    """The address by which a tape calls a kernel; None if it cannot be on one."""
+    function = _variant(f"{name}_on_tape", active())
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+
+
+@cache
+def _variant(name: str, isa: str) -> Any:
+    """A function of the library for this instruction set, or for the best before it that it has."""
+    library, why = _open()
+    assert library is not None, why
+    order = list(NEEDS)
+    for weaker in reversed(order[: order.index(isa) + 1]):
+        function = getattr(library, f"lorimer_{name}_{weaker}", None)
+        if function is not None:
+            return function
+    return None
+
+
 class Kernel:
     """A kernel by name. `signature` has a letter for each argument: p pointer (a tensor, an address or
     None), l int64, i int, f float. Call it with tensors that `usable` takes."""
@@ -159,13 +193,8 @@ class Kernel:
             trace.recorder.call(self.name, function, values, arguments)
 
     def _find(self, isa: str) -> Callable[..., None]:
-        library, why = _open()
-        assert library is not None, why
-        order = list(NEEDS)
-        for name in reversed(order[: order.index(isa) + 1]):
-            function = getattr(library, f"lorimer_{self.name}_{name}", None)
-            if function is not None:
-                function.argtypes, function.restype = self.types, None
-                self._found[isa] = function
-                return function  # type: ignore[no-any-return]
-        raise AssertionError(f"the library has no kernel {self.name!r}")
+        function = _variant(self.name, isa)
+        assert function is not None, f"the library has no kernel {self.name!r}"
+        function.argtypes, function.restype = self.types, None
+        self._found[isa] = function
+        return function  # type: ignore[no-any-return]

@@ -17,7 +17,8 @@ constexpr int64_t ALIASED = 4096;
 // Rows of A that are copied at a time, where it cannot be read as it lies.
 constexpr int64_t COPIED_ROWS = 256;
 // Up to so many rows, dot products with the weight as it lies beat packing it.
-constexpr int64_t FEW_ROWS = 8;
+constexpr int64_t FEW_ROWS = 32;
+constexpr int64_t FEW_COLUMNS = 64;  // whose results are kept back until their rows can be written whole
 
 enum Slot { PANELS, COPY, COPY2, PARTIAL, BLOCK };
 
@@ -241,8 +242,9 @@ inline __attribute__((always_inline)) void dots(const T* a, int64_t a_stride, co
   }
 }
 
+// The sums of ROWS rows and COLUMNS columns, to a buffer with FEW_COLUMNS columns.
 template <class T, class Loader, bool PAIRED, int ROWS, int COLUMNS>
-void few_block(const Product& p, int64_t row, int64_t column) {
+void few_block(const Product& p, int64_t row, int64_t column, float* out) {
   Vector sums[ROWS][COLUMNS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -254,32 +256,43 @@ void few_block(const Product& p, int64_t row, int64_t column) {
   };
   run(p.a, p.b, p.k);
   if (p.k2) run(p.a2, p.b2, p.k2);
-  float values[WIDTH] = {};
-  for (int r = 0; r < ROWS; ++r) {
+  if constexpr (ROWS == 4 && COLUMNS == 4) {
+    const Vector by_column[16] = {sums[0][0], sums[1][0], sums[2][0], sums[3][0], sums[0][1], sums[1][1],
+                                  sums[2][1], sums[3][1], sums[0][2], sums[1][2], sums[2][2], sums[3][2],
+                                  sums[0][3], sums[1][3], sums[2][3], sums[3][3]};
+    float values[16];
+    sixteen_sums(by_column, values);
+    for (int r = 0; r < 4; ++r) std::memcpy(out + r * FEW_COLUMNS, values + 4 * r, 16);
+  } else {
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < COLUMNS; ++c) values[c] = sum(sums[r][c]);
-    if (p.c_floats) finish_row<float>(p, values, row + r, column, COLUMNS, p.bias, sizeof(T) == 4);
-    else finish_row<T>(p, values, row + r, column, COLUMNS, p.bias, sizeof(T) == 4);
+      for (int c = 0; c < COLUMNS; ++c) out[r * FEW_COLUMNS + c] = sum(sums[r][c]);
   }
 }
 
 template <class T, class Loader, bool PAIRED, int COLUMNS>
-inline void few_columns(const Product& p, int64_t column) {
+inline void few_columns(const Product& p, int64_t column, float* out) {
   int64_t row = 0;
-  for (; row + 4 <= p.m; row += 4) few_block<T, Loader, PAIRED, 4, COLUMNS>(p, row, column);
+  for (; row + 4 <= p.m; row += 4)
+    few_block<T, Loader, PAIRED, 4, COLUMNS>(p, row, column, out + row * FEW_COLUMNS);
   if (row + 2 <= p.m) {
-    few_block<T, Loader, PAIRED, 2, COLUMNS>(p, row, column);
+    few_block<T, Loader, PAIRED, 2, COLUMNS>(p, row, column, out + row * FEW_COLUMNS);
     row += 2;
   }
-  if (row < p.m) few_block<T, Loader, PAIRED, 1, COLUMNS>(p, row, column);
+  if (row < p.m) few_block<T, Loader, PAIRED, 1, COLUMNS>(p, row, column, out + row * FEW_COLUMNS);
 }
 
 template <class T, class Loader, bool PAIRED>
 void multiply_few(const Product& p, int threads) {
   parallel_range(threads, p.n, 16, [&](int64_t first_column, int64_t last) {
-    int64_t column = first_column;
-    for (; column + 4 <= last; column += 4) few_columns<T, Loader, PAIRED, 4>(p, column);
-    for (; column < last; ++column) few_columns<T, Loader, PAIRED, 1>(p, column);
+    float sums[FEW_ROWS * FEW_COLUMNS];
+    for (int64_t column = first_column; column < last; column += FEW_COLUMNS) {
+      const int64_t columns = smaller(FEW_COLUMNS, last - column);
+      int64_t c = 0;
+      for (; c + 4 <= columns; c += 4) few_columns<T, Loader, PAIRED, 4>(p, column + c, sums + c);
+      for (; c < columns; ++c) few_columns<T, Loader, PAIRED, 1>(p, column + c, sums + c);
+      finish<T>(p, sums, FEW_COLUMNS, 0, p.m, column, columns);
+    }
   });
 }
 
@@ -341,3 +354,4 @@ LORIMER_EXPORT(matmul)
   if (dtype == 0) multiply<float>(p, threads);
   else multiply<bf16>(p, threads);
 }
+LORIMER_ON_TAPE(matmul)

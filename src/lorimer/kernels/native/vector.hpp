@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tape.hpp"
+
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -23,6 +25,9 @@
 #define LORIMER_JOIN(name, isa) LORIMER_JOIN2(name, isa)
 // A function that Python finds by its name and the instruction set: lorimer_<name>_<isa>.
 #define LORIMER_EXPORT(name) extern "C" __attribute__((visibility("default"))) void LORIMER_JOIN(name, LORIMER_ISA)
+// Lets a tape call a kernel: lorimer_<name>_on_tape_<isa> takes its arguments as slots.
+#define LORIMER_ON_TAPE(name) \
+  LORIMER_EXPORT(name##_on_tape)(const int64_t* slots) { call_from_slots(LORIMER_JOIN(name, LORIMER_ISA), slots); }
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define LORIMER_PAIRS 1  // multiplies pairs of bf16 natively
@@ -113,6 +118,24 @@ inline Vector round_nearest(Vector a) {
 inline Vector scale_by_power(Vector a, Vector n) { return _mm512_scalef_ps(a, n); }
 inline float sum(Vector a) { return _mm512_reduce_add_ps(a); }
 inline float largest(Vector a) { return _mm512_reduce_max_ps(a); }
+// The sums of sixteen vectors at once, each added up in the very order of `sum`: out[4 * j + i] is that
+// of v[4 * i + j].
+inline void sixteen_sums(const Vector (&v)[16], float* out) {
+  Vector halves[8], quarters[4], eighths[2];
+  for (int i = 0; i < 8; ++i)
+    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
+                              _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
+  for (int i = 0; i < 4; ++i)
+    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[2 * i], halves[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(halves[2 * i], halves[2 * i + 1], 0xdd));
+  for (int i = 0; i < 2; ++i) {
+    const __m512d left = _mm512_castps_pd(quarters[2 * i]), right = _mm512_castps_pd(quarters[2 * i + 1]);
+    eighths[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
+                               _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+  }
+  store(out, _mm512_add_ps(_mm512_shuffle_ps(eighths[0], eighths[1], 0x88),
+                           _mm512_shuffle_ps(eighths[0], eighths[1], 0xdd)));
+}
 
 // --- AVX2 ---------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
@@ -247,6 +270,11 @@ inline float largest(Vector a) {
 // `count` may be WIDTH or more here.
 template <class T>
 inline Vector load_upto(const T* at, int64_t count) { return count >= WIDTH ? load(at) : load_some(at, count); }
+#if !defined(__AVX512F__)
+inline void sixteen_sums(const Vector (&v)[16], float* out) {
+  for (int i = 0; i < 16; ++i) out[i % 4 * 4 + i / 4] = sum(v[i]);
+}
+#endif
 template <class T>
 inline void store_upto(T* at, Vector value, int64_t count) {
   if (count >= WIDTH) store(at, value);
