@@ -49,16 +49,18 @@ def a_step(
     adapter.refresh()
     masks = LoraDropout(dropout, 0, torch.float32, torch.device("cpu")) if dropout else None
     split = partial(split_into_packs, rows, share=share)
+    optimizer = AdamW(adapter, TrainConfig())
     result = train_step(
         decoder,
-        AdamW(adapter, TrainConfig()),
+        optimizer,
         split(100),
         step=3,
         learning_rate=1e-3,
         dropout=masks,
         split=split,
     )
-    return result, adapter.flat.detach().clone()
+    # After one step the first moment is the clipped gradient, times 1 - beta1.
+    return result, optimizer.m.clone()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -91,8 +93,8 @@ def test_the_same_step_is_computed_again_in_smaller_packs(
     assert (result.tokens, result.trained_tokens) == (whole.tokens, whole.trained_tokens)
     assert result.loss == pytest.approx(whole.loss, rel=1e-6)
     assert result.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
-    # AdamW's first step is the sign of the gradient times the rate: one of another sign would show.
-    assert (found - wanted).abs().max() < 2e-5
+    # This base turns relative noise of 6e-8 in its weights into 5e-6 in the gradient.
+    assert (found - wanted).norm() < 2e-5 * wanted.norm()
 
 
 def test_a_row_that_does_not_fit_alone_ends_the_run_with_nothing_updated(
