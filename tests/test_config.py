@@ -261,7 +261,7 @@ def test_all_problems_are_told_at_once_in_order_of_lines(here: Path) -> None:
         ("learning_rate: 1", "Write it as `train.learning_rate`"),
         ("train: {r: 8}", "Write it as `lora.r`"),
         ("lora.r: 8", "A dot does not nest in YAML. Write `r` in the block `lora`."),
-        ("xyz: 8", "Known here: base, data, lora, train, evaluate, output."),
+        ("xyz: 8", "Known here: base, quant, data, lora, train, evaluate, output."),
         ("num_train_epochs: 3", "`train.epochs`"),
         ("train: {per_device_train_batch_size: 3}", "`train.batch_size`"),
         ("gradient_accumulation_steps: 3", "Leave it out: `train.batch_size` is already"),
@@ -281,8 +281,9 @@ def test_all_problems_are_told_at_once_in_order_of_lines(here: Path) -> None:
         ("warmup_ratio: 0.1", "`train.warmup_ratio`"),
         ("bf16: true", "`train.dtype`"),
         ("fp16: true", "Leave it out: fp16 is not offered"),
-        ("load_in_4bit: true", "not offered yet"),
-        ("quant: none", "Leave it out"),
+        ("load_in_4bit: true", "`quant.kind`"),
+        ("bnb_4bit_quant_type: nf4", "`quant.kind`"),
+        ("train: {quant: nf4}", "Write it as `quant`"),
         ("optim: adamw_torch", "`train.optimizer`"),
         ("sample_packing: true", "`data.pack`"),
         ("train_on_inputs: false", "`data.train_on`"),
@@ -382,6 +383,43 @@ def test_names_and_hub_ids_stay_as_they_are(here: Path) -> None:
     assert (config.base, config.data.train) == ("smollm2-135m", "someone/rows")
     Path("sub/smollm2-135m/config.json").touch()
     assert read(BASE).base == str(here / "sub/smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "kind", "block_size"),
+    [
+        ("quant: nf4\n", [], "nf4", 64),
+        ("quant: {kind: fp4, block_size: 128}\n", [], "fp4", 128),
+        ("quant: nf4\n", ["quant.block_size=256"], "nf4", 256),
+        ("quant: {kind: fp4, block_size: 128}\n", ["quant=nf4"], "nf4", 128),
+        ("", ["quant=int8"], "int8", 64),
+        ("", ["quant.kind=keep"], "keep", 64),
+        ("quant:\n", [], "none", 64),
+    ],
+)
+def test_storage_is_one_word_or_a_block(
+    here: Path, text: str, overrides: list[str], kind: str, block_size: int
+) -> None:
+    config = read(BASE + text, *overrides)
+    assert (config.quant.kind, config.quant.block_size) == (kind, block_size)
+    assert read_config(Path("sub/c.yaml"), overrides) == config
+    assert config_from({"base": "b", "data": {"train": "train.jsonl"}, "quant": "nf4"}).quant.kind == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("quant: nf3\n", "`quant.kind` is the text 'nf3' (wanted: none, nf4, fp4, int8 or keep)"),
+        ("quant: 4\n", "`quant` is 4 (wanted: a block of settings)"),
+        ("quant: {kind: nf4, block_size: 100}\n", "a power of two from 64 to 4096"),
+        ("quant: {kind: nf4, block_size: 32}\n", "a power of two from 64 to 4096"),
+        ("load_in_4bit: true\n", "Its name here is `quant.kind`: write `quant: nf4`"),
+    ],
+)
+def test_wrong_storage_is_refused_with_its_line(here: Path, text: str, part: str) -> None:
+    error = refused(BASE + text)
+    assert part in str(error)
+    assert error.line == 3
 
 
 def test_a_dict_is_read_like_a_file(here: Path) -> None:

@@ -99,7 +99,6 @@ WRONG = [
     (["runs/tiny", "--to", "merged"], "--out FOLDER"),
     (["runs/tiny", "--to", "merged", "--out", "y", "--type", "q8_0"], "q8_0"),
     (["runs/tiny", "--to", "merged", "--out", "y", "--json"], "--json"),
-    (["runs/tiny", "--to", "merged", "--out", "y", "--force"], "--force"),
     (["runs/tiny", "--to", "gguf", "--out", "y.bin"], ".gguf"),
     (["runs/tiny", "--to", "gguf", "--out", "taken.gguf"], "something there already"),
     (["runs/nope", "--to", "gguf"], "nope"),

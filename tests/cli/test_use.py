@@ -210,6 +210,40 @@ def test_merge_writes_a_model_that_answers_the_same(here: Path, capsys: pytest.C
     assert "nothing to merge" in capsys.readouterr().err
 
 
+def test_merge_after_quantised_training_compares_both_ways(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert app.run(["train", "c.yaml", "quant=nf4", "output.name=nf4"]) == 0
+    capsys.readouterr()
+    assert app.run(["merge", "runs/nf4", "--out", "nearer", "--dtype", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert "beside the model as it was trained (nf4)" in said
+    assert "into the dequantised weights, which are nearer" in said
+    table = [line.split() for line in said.splitlines() if line.endswith("%") and line.startswith("  ")]
+    kl = {way: float(value) for way, value, _ in table}
+    assert kl["dequantised"] < 1e-6
+    assert kl["original"] > 1e-4
+    # The other way is refused once it is too far off, and nothing is written.
+    monkeypatch.setattr("lorimer.cli.merge.MOST_KL", kl["original"] / 2)
+    given = ["merge", "runs/nf4", "--into", "original", "--dtype", "fp32"]
+    assert app.run([*given, "--out", "off"]) == 2
+    assert "is not what was trained" in capsys.readouterr().err
+    assert not Path("off").exists()
+    assert app.run([*given, "--out", "off", "--force"]) == 0
+    assert app.run(["merge", "runs/nf4", "--out", "third", "--into", "else"]) == 2
+    assert app.run(["merge", "runs/nf4", "--out", "nearer"]) == 2
+    assert "something there already" in capsys.readouterr().err
+
+
+def test_a_base_is_stored_as_asked(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("nf4", "int8"):
+        assert app.run(["generate", "base", "abc", "--max-tokens", "3", "--quant", kind]) == 0
+    assert app.run(["generate", "base", "abc", "--quant", "keep"]) == 2
+    assert "this one is not" in capsys.readouterr().err
+    assert app.run(["generate", "base", "abc", "--quant", "nf5"]) == 2
+    assert "`nf5` is not known" in capsys.readouterr().err
+
+
 def test_the_recipes_are_whole() -> None:
     import hashlib
 

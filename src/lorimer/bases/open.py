@@ -56,8 +56,12 @@ class BaseFiles(ABC):
 
     @property
     def parameters(self) -> int:
-        """Numbers in all weights; a tied head counts once."""
-        return sum(int(np.prod(entry.shape)) for entry in self.tensors.values())
+        """Numbers in all weights; a tied head counts once, and a byte of a 4-bit checkpoint twice."""
+        return sum(
+            int(np.prod(entry.shape)) * (2 if entry.dtype == "U8" else 1)
+            for name, entry in self.tensors.items()
+            if name.endswith((".weight", ".bias"))
+        )
 
     @property
     def nbytes(self) -> int:

@@ -21,6 +21,12 @@ Stop = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", show_default=False)]
 Base = Annotated[str | None, typer.Option(help="Another copy of the adapter's base.", show_default=False)]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        help="How the base is stored: none, nf4, fp4, int8 or keep [as it was trained].", show_default=False
+    ),
+]
 
 
 def settings(

@@ -34,6 +34,7 @@ def chat(
     seed: answering.Seed = 0,
     stop: answering.Stop = None,
     base: answering.Base = None,
+    quant: answering.Quant = None,
 ) -> None:
     """Talk with a base or an adapter.
 
@@ -46,7 +47,7 @@ def chat(
     settings = answering.settings(
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop
     )
-    Chat(load(target, base=base), settings, system).run()
+    Chat(load(target, base=base, quant=quant), settings, system).run()
 
 
 class Chat:

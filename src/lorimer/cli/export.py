@@ -118,12 +118,11 @@ def _merged(
     from lorimer.cli.merge import merge
     from lorimer.errors import UserError
 
-    if out is None or force or as_json:
+    if out is None or as_json:
         raise UserError(
-            "--to merged takes --out FOLDER, and neither --force nor --json",
-            fix="It is `lorimer merge` by another name.",
+            "--to merged takes --out FOLDER, and no --json", fix="It is `lorimer merge` by another name."
         )
-    merge(what, out, DEFAULTS["merged"] if dtype is None else dtype, base)
+    merge(what, out, DEFAULTS["merged"] if dtype is None else dtype, base, force=force)
 
 
 def _peft(source: Source, what: str, out: Path | None, *, as_json: bool) -> None:

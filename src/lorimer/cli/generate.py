@@ -42,6 +42,7 @@ def generate(
     seed: answering.Seed = 0,
     stop: answering.Stop = None,
     base: answering.Base = None,
+    quant: answering.Quant = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
 ) -> None:
     """Answer a prompt, or each prompt of a file.
@@ -58,7 +59,7 @@ def generate(
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop
     )
     settings["raw"] = raw
-    model = load(target, base=base)
+    model = load(target, base=base, quant=quant)
     if len(prompts) == 1 and sys.stdout.isatty() and not json:
         _stream(model, prompts[0], settings)
         return

@@ -17,7 +17,7 @@ _ACCUMULATION = (
 _LENGTH = "data.max_tokens; `data.too_long` says what happens to a longer row"
 _DTYPE = "train.dtype; auto takes bf16 where the machine computes it natively, else fp32"
 _FP16 = "no: fp16 is not offered because it needs loss scaling; `train.dtype` is auto, bf16 or fp32"
-_QUANT = "no: quantising a base as it is loaded is not offered yet; a quantised .gguf file works as a base"
+_QUANT = "quant.kind; write `quant: nf4`, int8 for 8 bits, or keep for a base that is quantised already"
 _TRAIN_ON = "data.train_on; it is assistant, last_assistant or all"
 _PACK = "data.pack; it is on from the start, and rows never see each other"
 _MEMORY = "no: memory is held down without it, and a step is split to fit; see `train.micro_batch_tokens`"
@@ -151,12 +151,14 @@ OTHER_NAMES: dict[str, str] = {
     **dict.fromkeys(
         (
             "load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "quantization_method",
-            "quant",
-            "quantization_config", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype",
-            "bnb_4bit_use_double_quant", "double_quantization", "qlora", "gptq",
+            "quantization_config", "qlora",
         ),
         _QUANT,
     ),
+    "bnb_4bit_quant_type": "quant.kind; nf4 or fp4",
+    "bnb_4bit_compute_dtype": _DTYPE,
+    **dict.fromkeys(("bnb_4bit_use_double_quant", "double_quantization"), "quant.double; it is on already"),
+    "gptq": "no: GPTQ checkpoints are not read; a GGUF file or a bitsandbytes checkpoint is",
     **dict.fromkeys(("gradient_checkpointing", "grad_checkpoint"), _MEMORY),
     "gradient_checkpointing_kwargs": _MEMORY,
     "activation_offloading": _MEMORY,

@@ -17,6 +17,8 @@ from lorimer.errors import ConfigError
 
 # Settings that may name files: taken from the config file's folder if there, else from the current one.
 PATHS = ("base", "data.train", "data.valid", "data.test", "data.chat_template", "lora.adapter")
+# Blocks that may be written as one word, and the setting that it is.
+SHORT = {"quant": "kind"}
 ROW_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
 
 
@@ -36,6 +38,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, need_files: 
             path=path,
         )
     source = _Source(str(path), lines)
+    value = _spelled_out(value)
     for text in overrides:
         _put_override(value, text, source)
     config = _build(value, source)
@@ -45,7 +48,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, need_files: 
 def config_from(value: Mapping[str, Any], *, need_files: bool = True) -> RunConfig:
     """The settings in a dict of the same shape; paths are relative to the current folder."""
     source = _Source(None, {})
-    return _with_paths(_build(_plain(value), source), source, Path.cwd(), need_files)
+    return _with_paths(_build(_spelled_out(_plain(value)), source), source, Path.cwd(), need_files)
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -108,6 +111,8 @@ def _put_override(value: dict[str, Any], text: str, source: _Source) -> None:
     except ConfigError as error:
         raise ConfigError(f"`{text}`: {error.problem}", fix="Put quotes around plain text.") from error
     source.overrides[place] = text
+    if len(place) == 1 and place[0] in SHORT and isinstance(found, str):
+        place = (place[0], SHORT[place[0]])
     block = value
     for i, part in enumerate(place[:-1]):
         if block.get(part) is None:
@@ -117,6 +122,14 @@ def _put_override(value: dict[str, Any], text: str, source: _Source) -> None:
             inner = ".".join(place[: i + 1])
             raise ConfigError(f"`{text}`: there are no settings inside `{inner}`")
     block[place[-1]] = found
+
+
+def _spelled_out(value: dict[str, Any]) -> dict[str, Any]:
+    """A block that was written as one word, as a block."""
+    return {
+        key: {SHORT[key]: inner} if key in SHORT and isinstance(inner, str) else inner
+        for key, inner in value.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "never"]
@@ -109,6 +109,32 @@ class LoraConfig(Block):
     )
 
 
+class QuantConfig(Block):
+    """How the frozen weights are stored; written as one word, it is the kind."""
+
+    kind: Literal["none", "nf4", "fp4", "int8", "keep"] = Field(
+        "none",
+        description="How frozen weights are stored: as they are computed with, in 4 or 8 bits, or as the "
+        "base has them (the blocks of a GGUF file, a bitsandbytes checkpoint). `quant: nf4` says the same.",
+    )
+    block_size: int = Field(
+        64, description="nf4, fp4: numbers that share a scale, a power of two from 64 to 4096."
+    )
+    double: bool = Field(
+        True, description="nf4, fp4: quantise the scales too (QLoRA, arXiv 2305.14314, section 3)."
+    )
+    embeddings: bool = Field(
+        False, description="Embedding and head too: less memory, a little slower, a little less exact."
+    )
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if not 64 <= value <= 4096 or value & (value - 1):
+            raise ValueError(f"`quant.block_size` is {value} (wanted: a power of two from 64 to 4096)")
+        return value
+
+
 class TrainConfig(Block):
     epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(
@@ -188,6 +214,7 @@ class RunConfig(Block):
         examples=["smollm2-135m"],
         description="The model to adapt: a kept name, a folder, a .gguf file, or a hub id.",
     )
+    quant: QuantConfig = Field(default_factory=QuantConfig)
     data: DataConfig
     lora: LoraConfig = Field(default_factory=LoraConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -253,6 +280,7 @@ def _listed(names: list[str]) -> str:
 
 
 BLOCKS: dict[str, type[Block]] = {
+    "quant": QuantConfig,
     "data": DataConfig,
     "lora": LoraConfig,
     "train": TrainConfig,

@@ -12,8 +12,22 @@ if TYPE_CHECKING:
     from lorimer.evaluate.run import Change
 
 GIB = 1024**3
+KEPT = "as the base has it"
 # A prompt longer than this is no example to type.
 EXAMPLE = 60
+
+
+def quant_text(quant: dict[str, Any]) -> str:
+    """How the frozen weights are stored: `nf4, blocks of 64, scales in 8 bits: 92 MB`."""
+    words = [KEPT if quant["kind"] == "keep" else quant["kind"]]
+    if quant["kind"] in ("nf4", "fp4"):
+        words += [
+            f"blocks of {quant['block_size']}",
+            "scales in 8 bits" if quant["double"] else "scales in fp32",
+        ]
+    if quant["embeddings"]:
+        words.append("embedding and head too")
+    return f"{', '.join(words)}: {quant['bytes'] / 1e6:,.0f} MB"
 
 
 def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -33,6 +47,11 @@ def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = f"{info['tokens']:,} tokens, {info['trained_tokens']:,} trained ({share:.0%})"
     return [
         ("base", f"{info['base']} ({info['architecture']}, {info['base_parameters'] / 1e6:,.0f} M)"),
+        *(
+            [("stored", quant_text(quant))]
+            if (quant := info.get("quant", {})).get("kind", "none") != "none"
+            else []
+        ),
         (
             "machine",
             f"{info['device']}, {info['dtype']}{threads}, {info['micro_batch_tokens']:,} tokens at once",

@@ -24,6 +24,7 @@ from lorimer.export.vocabulary import end_of_turn, space_note
 from lorimer.lora.merge import EMBEDDING, HEAD, merged_tensors, untied
 from lorimer.model.rope import frequencies, plain_frequencies
 from lorimer.model.spec import ModelSpec
+from lorimer.quant.bnb import stored_shape
 from lorimer.quant.gguf_blocks import BLOCKS
 from lorimer.quant.gguf_encode import encode, encoded_bytes
 from lorimer.storage import check_space, make_folder, write_stream
@@ -124,7 +125,7 @@ def _plan(source: Source, kind: str) -> list[TensorEntry]:
     tied = source.spec.tied_head and not untied(source.spec, source.update)
     tensors = []
     for own, name in _names(source):
-        shape = source.base.tensors[own if own in source.base.tensors else EMBEDDING].shape
+        shape = stored_shape(source.base, own if own in source.base.tensors else EMBEDDING)
         dtype = tensor_type(name, shape, kind, layers=source.spec.layers, tied=tied)
         tensors.append(TensorEntry(name, dtype, shape, encoded_bytes(shape, dtype)))
     divisors = _rope_divisors(source)
@@ -137,7 +138,9 @@ def _contents(source: Source, tensors: list[TensorEntry], counts: dict[str, int]
     """The bytes of each tensor of the plan, in its order."""
     wanted = dict(_names(source))
     types = {tensor.name: tensor.dtype for tensor in tensors}
-    for name, value in merged_tensors(source.base, source.spec, source.update, torch.float32, counts):
+    # Into the numbers that the adapter was trained on.
+    given = source.base, source.spec, source.update, torch.float32, counts, source.quant
+    for name, value in merged_tensors(*given):
         if name not in wanted:
             continue
         heads = heads_of(source.spec, name) if interleaves(source) else None

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from lorimer.bases.open import BaseFiles, open_base
 from lorimer.bases.store import resolve_base
+from lorimer.config import QuantConfig
 from lorimer.data.template import ChatTemplate
 from lorimer.data.tokenizer import Tokenizer
 from lorimer.errors import AdapterError
 from lorimer.export.vocabulary import vocabulary_entries
-from lorimer.generate.model import adapter_folder, base_of
+from lorimer.generate.model import adapter_folder, base_of, trained_quant
 from lorimer.lora.adapter import AdapterFiles, alpha_of, check_base, is_adapter, read_adapter
 from lorimer.lora.layers import LoraSpec
 from lorimer.model.families import read_spec
 from lorimer.model.spec import ModelSpec
+from lorimer.quant.bnb import stored_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Source:
     adapter: AdapterFiles | None
     tokenizer: Tokenizer
     template: ChatTemplate
+    quant: QuantConfig  # how the base's weights were stored when the adapter was trained
 
     @cached_property
     def vocabulary(self) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def open_source(what: str, *, base: str | None = None, force: bool = False) -> S
         adapter,
         tokenizer,
         ChatTemplate(template, tokenizer),
+        trained_quant(folder if adapter is not None else None),
     )
 
 
@@ -86,8 +90,9 @@ def _update_of(adapter: AdapterFiles, base: BaseFiles, spec: ModelSpec) -> FileU
     paths = [name.removesuffix(suffix) for name in adapter.tensors if name.endswith(suffix)]
     for path in paths:
         down, up = adapter.tensors[path + suffix], adapter.tensors.get(f"{path}.lora_B.weight")
-        weight = base.tensors.get(f"{path}.weight")
-        if weight is None or up is None or (up.shape[0], *down.shape[1:]) != weight.shape:
+        name = f"{path}.weight"
+        shape = stored_shape(base, name) if name in base.tensors else None
+        if shape is None or up is None or (up.shape[0], *down.shape[1:]) != shape:
             raise _misfit(adapter, f"{path}.weight")
     head, embedding = (adapter.tensors.get(f"{t}.weight") for t in ("lm_head", "model.embed_tokens"))
     for name, tensor in adapter.tensors.items():
@@ -96,13 +101,13 @@ def _update_of(adapter: AdapterFiles, base: BaseFiles, spec: ModelSpec) -> FileU
         own = "model.embed_tokens.weight" if name == "lm_head.weight" and spec.tied_head else name
         if own not in base.tensors or tuple(tensor.shape) != base.tensors[own].shape:
             raise _misfit(adapter, name)
-    shape = LoraSpec(
+    lora = LoraSpec(
         ranks={path: adapter.tensors[path + suffix].shape[0] for path in paths},
         alphas={path: alpha_of(adapter.config, path) for path in paths},
         rslora=bool(adapter.config.get("use_rslora", False)),
         tie=spec.tied_head and head is not None and embedding is not None and head.equal(embedding),
     )
-    return FileUpdate(shape, adapter.tensors)
+    return FileUpdate(lora, adapter.tensors)
 
 
 def _misfit(adapter: AdapterFiles, name: str) -> AdapterError:

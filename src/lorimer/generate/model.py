@@ -14,11 +14,12 @@ import torch
 
 from lorimer.bases.open import BaseFiles, open_base
 from lorimer.bases.store import resolve_base
+from lorimer.config import QuantConfig
 from lorimer.data.conversation import Message, to_messages
 from lorimer.data.pack import make_pack
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.errors import AdapterError
+from lorimer.errors import AdapterError, UserError
 from lorimer.generate.engine import Answer, generate_ids
 from lorimer.generate.sampling import Sampling
 from lorimer.lora.adapter import AdapterFiles, attach_adapter, is_adapter, read_adapter
@@ -56,6 +57,7 @@ class Model:
         self.base, self.decoder, self.tokenizer, self.name = base, decoder, tokenizer, name
         self.base_path: Path = base.path
         self.template = ChatTemplate(base.chat_template, tokenizer)
+        self.quant = QuantConfig()  # how its frozen weights are stored
         self.adapter: Adapter | None = None
         self.adapter_path: Path | None = None
 
@@ -253,12 +255,14 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     base: str | Path | None = None,
+    quant: str | QuantConfig | None = None,
     force: bool = False,
 ) -> Model:
     """A base (name, folder or .gguf), an adapter folder or a run folder, ready to answer.
 
     dtype is auto, bf16 or fp32. `base` puts an adapter on another copy of its base; `force` skips
-    the check that it is the one it was trained on. Raises BaseError or AdapterError.
+    the check that it is the one it was trained on. `quant` says how frozen weights are stored (none, nf4,
+    fp4, int8, keep); if it is not given, as the adapter was trained. Raises BaseError or AdapterError.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -266,8 +270,10 @@ def load(
     adapter = folder if is_adapter(folder) else None
     wanted = base if base is not None else base_of(adapter) if adapter else str(path)
     files = open_base(resolve_base(wanted))
-    decoder = load_decoder(files, choose_place(device, dtype))
+    stored = trained_quant(adapter) if quant is None else _quant(quant)
+    decoder = load_decoder(files, choose_place(device, dtype), stored)
     model = Model(files, decoder, Tokenizer.from_base(files), str(wanted))
+    model.quant = stored
     if adapter is not None:
         model.set_adapter(adapter, force=force)
     return model
@@ -293,6 +299,31 @@ def base_of(adapter: Path) -> str:
     if not name:
         raise AdapterError("the adapter does not say which base it is for", fix="Add --base.", path=adapter)
     return str(name)
+
+
+def _quant(given: str | QuantConfig) -> QuantConfig:
+    if isinstance(given, QuantConfig):
+        return given
+    try:
+        return QuantConfig.model_validate({"kind": given})
+    except ValueError as error:
+        raise UserError(
+            f"the storage `{given}` is not known (wanted: none, nf4, fp4, int8 or keep)"
+        ) from error
+
+
+def trained_quant(adapter: Path | None) -> QuantConfig:
+    """How the base's weights were stored when the adapter was trained; `none` if it does not say."""
+    given = read_adapter(adapter).ours.get("base", {}).get("quant") if adapter else None
+    try:
+        return QuantConfig() if given is None else QuantConfig.model_validate(given)
+    except ValueError as error:
+        assert adapter is not None
+        raise AdapterError(
+            f"its manifest says that the base was stored as {given}, which is not known",
+            fix="Name the storage with --quant.",
+            path=adapter,
+        ) from error
 
 
 def _adapter_template(files: AdapterFiles, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -4,7 +4,8 @@ Each keeps for its backward only what is cheaper to keep than to compute again: 
 input and one factor a row, the gated unit its stacked input, attention its inputs and output.
 A frozen weight never gets a gradient, and an input that needs none gets none.
 
-Letters: T tokens, I input features, O output features (all stacked outputs), R stacked ranks.
+Letters: T tokens, I input features, O output features (all stacked outputs), R stacked ranks,
+M trained positions, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from lorimer.kernels import products, reference
 from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native import elementwise
 from lorimer.kernels.native.library import usable
-from lorimer.kernels.native.matmul import head_loss as native_head_loss
 from lorimer.kernels.products import LowRank
 
 
@@ -28,6 +28,9 @@ class Frozen(Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
     def forward(
         self,
@@ -42,6 +45,14 @@ class Frozen(Protocol):
     def input_grad(
         self, grad_TO: Tensor, *, low_rank: LowRank | None = None, grad_down_TR: Tensor | None = None
     ) -> Tensor: ...
+
+
+class FrozenHead(Protocol):
+    """A head that never changes: the loss of hidden states, and its gradient."""
+
+    def head_loss(
+        self, hidden_MH: Tensor, labels_M: Tensor, *, weight: float, smoothing: float, need_grad: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(slots=True)
@@ -378,58 +389,62 @@ def rms_norm(hidden: Tensor, norm: Norm, norm_parameter: Tensor | None = None) -
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MH: Tensor, head: Tensor, labels_M: Tensor, weight: float, smoothing: float
+        ctx: Any,
+        hidden_MH: Tensor,
+        trained_VH: Tensor | None,
+        frozen: FrozenHead | None,
+        labels_M: Tensor,
+        weight: float,
+        smoothing: float,
     ) -> tuple[Tensor, Tensor]:
-        head = head.detach().to(hidden_MH.dtype)
         need_grad, need_head_grad = ctx.needs_input_grad[:2]
-        result = _head_result(
-            hidden_MH, head, labels_M, weight, smoothing, need_grad or need_head_grad, need_head_grad
-        )
-        ctx.save_for_backward(result.grad_hidden_MH, result.grad_head_VH)
-        ctx.mark_non_differentiable(result.losses_M)
-        return result.losses_M.sum() * weight, result.losses_M
+        grad_MH = grad_VH = None
+        if frozen is not None:
+            losses_M, grad_MH = frozen.head_loss(
+                hidden_MH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+            )
+        else:
+            assert trained_VH is not None
+            head_VH = trained_VH.detach().to(hidden_MH.dtype)
+            if need_head_grad:
+                losses_M, grad_MH, grad_VH = reference.cross_entropy_head(
+                    hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_head_grad=True
+                )
+            else:
+                losses_M, grad_MH = products.head_loss(
+                    hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+                )
+        ctx.save_for_backward(grad_MH, grad_VH)
+        ctx.mark_non_differentiable(losses_M)
+        return losses_M.sum() * weight, losses_M
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
+        grad_MH, grad_VH = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad,
-            None if grad_head is None else grad_head * grad,
+            None if grad_MH is None else grad_MH * grad,
+            None if grad_VH is None else grad_VH * grad,
+            None,
             None,
             None,
             None,
         )
-
-
-def _head_result(
-    hidden_MH: Tensor,
-    head_VH: Tensor,
-    labels_M: Tensor,
-    weight: float,
-    smoothing: float,
-    need_grad: bool,
-    need_head_grad: bool,
-) -> reference.HeadResult:
-    """Native for a frozen head, the reference for one that is trained."""
-    if usable(hidden_MH, head_VH) and not need_head_grad:
-        losses_M, grad_MH = native_head_loss(
-            hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
-        )
-        return reference.HeadResult(losses_M, grad_MH, None)
-    return reference.cross_entropy_head(
-        hidden_MH,
-        head_VH,
-        labels_M,
-        weight=weight,
-        smoothing=smoothing,
-        need_grad=need_grad,
-        need_head_grad=need_head_grad,
-    )
 
 
 def head_loss(
-    hidden_MH: Tensor, head_VH: Tensor, labels_M: Tensor, *, weight: float, smoothing: float = 0.0
+    hidden_MH: Tensor,
+    head: Tensor | FrozenHead,
+    labels_M: Tensor,
+    *,
+    weight: float,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """weight * sum of the losses (differentiable), and the float32 losses of each position."""
-    loss, losses_M = _Head.apply(hidden_MH, head_VH, labels_M, weight, smoothing)  # type: ignore[no-untyped-call]
+    """weight * sum of the losses (differentiable), and the float32 losses of each position.
+
+    The head is a frozen weight, or a float32 copy [V, H] that is trained.
+    """
+    trained, frozen = (head, None) if isinstance(head, Tensor) else (None, head)
+    loss, losses_M = _Head.apply(  # type: ignore[no-untyped-call]
+        hidden_MH, trained, frozen, labels_M, weight, smoothing
+    )
     return loss, losses_M

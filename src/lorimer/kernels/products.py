@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorimer.kernels import reference
 from lorimer.kernels.native.library import usable
+from lorimer.kernels.native.matmul import head_loss as native_head_loss
 from lorimer.kernels.native.matmul import matmul
 
 
@@ -82,6 +84,27 @@ def logits(states_MH: Tensor, head_VH: Tensor) -> Tensor:
         out_MV = torch.empty((states_MH.shape[0], head_VH.shape[0]), dtype=torch.float32)
         return matmul(states_MH, head_VH, b_turned=True, out=out_MV)
     return (states_MH @ head_VH.t()).float()
+
+
+def head_loss(
+    hidden_MH: Tensor,
+    head_VH: Tensor,
+    labels_M: Tensor,
+    *,
+    weight: float,
+    smoothing: float = 0.0,
+    need_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Each position's loss [M] and the gradient [M, H] of weight * their sum, for a head that is not
+    trained; see reference.cross_entropy_head."""
+    if usable(hidden_MH, head_VH):
+        return native_head_loss(
+            hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+        )
+    losses_M, grad_MH, _ = reference.cross_entropy_head(
+        hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+    )
+    return losses_M, grad_MH
 
 
 def input_grad(

@@ -2,12 +2,14 @@
 
 Each weight is computed as W + scale * B A in float32 and cast once. Layers are merged one at a time
 from the base's own files, so a base that was trained in bf16 or from a GGUF is merged into what
-those files say.
+those files say. A base that was quantised as it was loaded has two such weights: those of its files, and
+the numbers that the quantised ones stand for, which the adapter was trained on.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorimer.bases.gguf import TensorEntry
+from lorimer.bases.mapped import Bytes
 from lorimer.bases.open import BaseFiles
+from lorimer.config import QuantConfig
 from lorimer.errors import UserError
 from lorimer.lora.layers import LoraSpec
-from lorimer.model.load import read_weight
+from lorimer.model.load import NOT_QUANTISED, trained_weight
 from lorimer.model.spec import ModelSpec
+from lorimer.quant.bnb import stored_shape
 from lorimer.storage import check_space, write_folder
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+FREQUENCIES = "rope_freqs.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 4_000_000_000
 ARCHITECTURES = {
@@ -64,24 +72,24 @@ def merge(
     out: Path,
     *,
     dtype: str = "bf16",
+    quant: QuantConfig = NOT_QUANTISED,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> MergeReport:
     """Write the merged model to the folder `out`, whole or not at all.
 
+    With `quant`, into the numbers that the weights stand for when they are quantised so.
+
     Raises UserError for a type that is not known or a folder that is there already, StorageError if
     it cannot be written.
     """
-    if dtype not in TYPES:
-        raise UserError(f"the type `{dtype}` is not known", fix=f"Known: {', '.join(TYPES)}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("there is something there already", fix="Choose a new folder.", path=out)
+    check_target(out, dtype)
     size = torch.finfo(TYPES[dtype]).bits // 8
     check_space(out, base.parameters * size)
     counts = {"tensors": 0, "adapted": 0, "bytes": 0, "same": 0, "numbers": 0}
 
     def fill(folder: Path) -> None:
         writer = _ShardWriter(folder)
-        for name, tensor in merged_tensors(base, spec, adapter, TYPES[dtype], counts):
+        for name, tensor in merged_tensors(base, spec, adapter, TYPES[dtype], counts, quant):
             counts["tensors"] += 1
             counts["bytes"] += tensor.nbytes
             writer.add(name, tensor)
@@ -99,17 +107,28 @@ def merge(
     return MergeReport(out, dtype, counts["tensors"], counts["adapted"], counts["bytes"], unchanged)
 
 
+def check_target(out: Path, dtype: str) -> None:
+    """Raise UserError for a type that is not known or a folder that is there already."""
+    if dtype not in TYPES:
+        raise UserError(f"the type `{dtype}` is not known", fix=f"Known: {', '.join(TYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("there is something there already", fix="Choose a new folder.", path=out)
+
+
 def merged_tensors(
-    base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: torch.dtype, counts: dict[str, int]
+    base: BaseFiles,
+    spec: ModelSpec,
+    adapter: Update,
+    dtype: torch.dtype,
+    counts: dict[str, int],
+    quant: QuantConfig = NOT_QUANTISED,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the base by name, with the update where there is one, one at a time.
 
     `counts` gains how many weights were `adapted`, and how many of their `numbers` stayed the `same`.
     """
-    for name in base.tensors:
-        if not name.endswith((".weight", ".bias")) or name == "rope_freqs.weight":
-            continue
-        value = read_weight(base, spec, name).float()
+    for name in _weights(base):
+        value = trained_weight(base, spec, name, quant).float()
         merged = _update(name, value, adapter)
         if merged is not None:
             counts["adapted"] += 1
@@ -118,8 +137,46 @@ def merged_tensors(
         yield name, (value if merged is None else merged).to(dtype).contiguous()
     if HEAD not in base.tensors and untied(spec, adapter):
         trained = adapter.tensors.get(HEAD)
-        value = read_weight(base, spec, EMBEDDING) if trained is None else trained.detach()
+        value = trained_weight(base, spec, EMBEDDING, quant) if trained is None else trained.detach()
         yield HEAD, value.to(dtype).contiguous()
+
+
+def _weights(base: BaseFiles) -> list[str]:
+    return [name for name in base.tensors if name.endswith((".weight", ".bias")) and name != FREQUENCIES]
+
+
+class MergedBase(BaseFiles):
+    """Base and adapter merged, as a base whose weights are computed when they are read: what `merge` would
+    write, to be looked at before it is written."""
+
+    kind = "safetensors"
+
+    def __init__(
+        self, base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str, quant: QuantConfig
+    ) -> None:
+        self.path, self.config = base.path, _config(base, spec, adapter, dtype)
+        self.tokenizer_config, self.generation_config = base.tokenizer_config, base.generation_config
+        self._given = base, spec, adapter, dtype, quant
+        names = _weights(base)
+        shapes = {name: stored_shape(base, name) for name in names}
+        if HEAD not in shapes and untied(spec, adapter):
+            shapes[HEAD] = shapes[EMBEDDING]
+        size = torch.finfo(TYPES[dtype]).bits // 8
+        self.tensors = {
+            name: TensorEntry(name, STORED[dtype], shape, math.prod(shape) * size)
+            for name, shape in shapes.items()
+        }
+
+    def raw(self, name: str) -> Bytes:
+        base, spec, adapter, dtype, quant = self._given
+        own = name if name in base.tensors else EMBEDDING
+        value = trained_weight(base, spec, own, quant).float()
+        merged = _update(name, value, adapter)
+        found = (value if merged is None else merged).to(TYPES[dtype]).contiguous()
+        return found.view(torch.uint8).flatten().numpy()
+
+    def release(self) -> None:
+        self._given[0].release()
 
 
 def untied(spec: ModelSpec, adapter: Update) -> bool:

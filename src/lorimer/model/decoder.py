@@ -228,15 +228,24 @@ class Decoder:
         """The final norm: what the head sees."""
         return self.final_norm(hidden_MH, self.adapted)
 
-    def head_weight(self) -> Tensor:
-        """The head as [V, H]: its trained copy (float32) or the frozen weight."""
+    def head_weight(self) -> Tensor | FrozenLinear:
+        """The head [V, H]: its trained copy (float32) or the frozen weight."""
         if self.adapted and self.head.trained is not None:
             return self.head.trained
-        return self.head.weight.dequantise(self.dtype)
+        return self.head.weight
 
     def logits(self, hidden_MH: Tensor) -> Tensor:
         """Float32 logits [M, V] of hidden states that come from `hidden` or `next_hidden`."""
-        return products.logits(self.finish(hidden_MH), self.head_weight().to(self.dtype))
+        head, states_MH = self.head_weight(), self.finish(hidden_MH)
+        if isinstance(head, Tensor):
+            return products.logits(states_MH, head.to(self.dtype))
+        return head.logits(states_MH)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of the frozen weights of layers, embedding and head, as they are stored."""
+        tables = {id(table.weight): table.weight.nbytes for table in (self.embedding, self.head)}
+        return sum(group.linear.weight.nbytes for group in self.projections()) + sum(tables.values())
 
     def projections(self) -> list[Projections]:
         return [group for layer in self.layers for group in layer.projections()]

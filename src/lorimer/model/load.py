@@ -1,4 +1,4 @@
-"""Weights streamed from a base into a decoder, one tensor at a time.
+"""Weights streamed from a base into a decoder, one tensor at a time, quantised as they arrive if asked.
 
 Linear layers that share an input are stacked as they arrive, so no second copy of a layer exists.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorimer.bases.open import BaseFiles
+from lorimer.config import QuantConfig
 from lorimer.errors import BaseError, UserError
 from lorimer.kernels.allocator import keep_freed_memory
 from lorimer.kernels.dispatch import Linear
@@ -20,8 +21,13 @@ from lorimer.model.decoder import Decoder, Layer, NormSlot, Projections, Table
 from lorimer.model.families import read_spec
 from lorimer.model.rope import RopeTables
 from lorimer.model.spec import ModelSpec
-from lorimer.quant.gguf_blocks import dequantise
-from lorimer.quant.linear import DenseLinear
+from lorimer.quant import bnb
+from lorimer.quant.gguf_blocks import BLOCKS, dequantise
+from lorimer.quant.linear import DenseLinear, FrozenLinear, QuantLinear
+from lorimer.quant.part import Part
+from lorimer.quant.storage import is_finite, keep, numbers, quantise
+
+NOT_QUANTISED = QuantConfig()
 
 
 class Place(NamedTuple):
@@ -54,17 +60,43 @@ def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
 
 
 def read_weight(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor:
-    """One tensor of a base by its Hugging Face name, float32, rows in Hugging Face's order.
-
-    GGUF files keep the query and key rows of Llama shapes interleaved for llama.cpp's rotation.
-    """
+    """One tensor of a base by its Hugging Face name, float32, rows in Hugging Face's order."""
     entry = base.tensors[name]
+    if bnb.stored_kind(base, name):
+        part = bnb.read_part(base, name)
+        return numbers(part, 0, part.shape[0])
     value = dequantise(base.raw(name), entry.dtype, entry.shape)
-    heads = {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
-    if heads is None or base.kind != "gguf" or spec.family not in ("llama", "mistral"):
+    heads = _paired_heads(base, spec, name)
+    if heads is None:
         return value
     pairs: Tensor = value.unflatten(0, (heads, -1, 2))
     return pairs.transpose(1, 2).reshape(value.shape)
+
+
+def trained_weight(base: BaseFiles, spec: ModelSpec, name: str, quant: QuantConfig) -> Tensor:
+    """The numbers that a weight stands for once it is stored so: what an adapter was trained on."""
+    value = read_weight(base, spec, name)
+    table = name in ("model.embed_tokens.weight", "lm_head.weight")
+    if quant.kind in ("none", "keep") or value.dim() != 2 or (table and not quant.embeddings):
+        return value
+    part = quantise(value, quant)
+    return numbers(part, 0, part.shape[0])
+
+
+def _paired_heads(base: BaseFiles, spec: ModelSpec, name: str) -> int | None:
+    """GGUF files keep the query and key rows of Llama shapes in pairs, for llama.cpp's rotation: in how
+    many heads."""
+    if base.kind != "gguf" or spec.family not in ("llama", "mistral"):
+        return None
+    return {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
+
+
+def kept_kind(base: BaseFiles, name: str) -> str | None:
+    """The quantised storage that the base has for a weight, if it has one."""
+    entry = base.tensors.get(name)
+    if entry is not None and base.kind == "gguf":
+        return entry.dtype if entry.dtype in BLOCKS else None
+    return bnb.stored_kind(base, name)
 
 
 @dataclass(slots=True)
@@ -74,18 +106,52 @@ class _Reader:
     base: BaseFiles
     spec: ModelSpec
     place: Place
+    quant: QuantConfig
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        entry = self.base.tensors.get(name)
-        if entry is None:
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self.base.tensors:
             raise BaseError(f"the weight `{name}` is missing", path=self.base.path)
-        if tuple(entry.shape) != shape:
+        found = bnb.stored_shape(self.base, name)
+        if found != shape:
             raise BaseError(
-                f"the weight `{name}` has the shape {list(entry.shape)} (wanted: {list(shape)})",
+                f"the weight `{name}` has the shape {list(found)} (wanted: {list(shape)})",
                 fix="The config and the weights do not belong together.",
                 path=self.base.path,
             )
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self.check(name, shape)
         return read_weight(self.base, self.spec, name)
+
+    def part(self, name: str, shape: tuple[int, int]) -> Part:
+        """The weight in quantised storage: as the base has it, or made so."""
+        self.check(name, shape)
+        if self.quant.kind == "keep":
+            kind = kept_kind(self.base, name)
+            assert kind is not None
+            if self.base.kind == "gguf":
+                part = keep(self.base.raw(name), kind, shape, _paired_heads(self.base, self.spec, name))
+            else:
+                part = bnb.read_part(self.base, name)
+            if not is_finite(part):
+                raise self._not_finite(name)
+        else:
+            weight = read_weight(self.base, self.spec, name)
+            if not torch.isfinite(weight).all():
+                raise self._not_finite(name)
+            part = quantise(weight, self.quant)
+        return part.to(self.place.device)
+
+    def _not_finite(self, name: str) -> BaseError:
+        return BaseError(
+            f"the weight `{name}` holds NaN or infinity, which cannot be quantised", path=self.base.path
+        )
+
+    def quantises(self, names: list[str]) -> bool:
+        """Whether these weights, stacked, are stored quantised; what is kept must be so in the base."""
+        if self.quant.kind == "keep":
+            return all(kept_kind(self.base, name) for name in names)
+        return self.quant.kind != "none"
 
     def norm(self, path: str, size: int) -> NormSlot:
         weight = self.tensor(f"{path}.weight", (size,)).to(self.place.device, torch.float32)
@@ -94,33 +160,55 @@ class _Reader:
     def stacked(
         self, path: str, names: tuple[str, ...], rows: tuple[int, ...], inputs: int, number: int, bias: bool
     ) -> Projections:
-        weight = torch.empty((sum(rows), inputs), dtype=self.place.dtype, device=self.place.device)
-        biases = torch.empty(sum(rows), dtype=self.place.dtype, device=self.place.device) if bias else None
+        paths = [f"{path}.{name}" for name in names]
+        bias_O = None
+        if bias:
+            found = [self.tensor(f"{p}.bias", (count,)) for p, count in zip(paths, rows, strict=True)]
+            bias_O = torch.cat(found).to(self.place.device, self.place.dtype)
+        weight = self.weight([f"{p}.weight" for p in paths], rows, inputs)
+        # What was read of the file need not stay in memory.
+        self.base.release()
+        return Projections(path, names, rows, inputs, number, Linear(weight, bias_O))
+
+    def weight(self, names: list[str], rows: tuple[int, ...], inputs: int) -> FrozenLinear:
+        """Weights that share an input, stacked by rows."""
+        if self.quantises(names):
+            parts = [self.part(name, (count, inputs)) for name, count in zip(names, rows, strict=True)]
+            return QuantLinear(parts, self.place.dtype)
+        weight_OI = torch.empty((sum(rows), inputs), dtype=self.place.dtype, device=self.place.device)
         start = 0
         for name, count in zip(names, rows, strict=True):
-            part = slice(start, start + count)
-            weight[part] = self.tensor(f"{path}.{name}.weight", (count, inputs))
-            if biases is not None:
-                biases[part] = self.tensor(f"{path}.{name}.bias", (count,))
+            weight_OI[start : start + count] = self.tensor(name, (count, inputs))
             start += count
-        return Projections(path, names, rows, inputs, number, Linear(DenseLinear(weight), biases))
+        return DenseLinear(weight_OI)
 
     def table(self, path: str) -> Table:
-        shape = (self.spec.vocab_size, self.spec.hidden_size)
-        value = self.tensor(f"{path}.weight", shape).to(self.place.device, self.place.dtype)
+        name, shape = f"{path}.weight", (self.spec.vocab_size, self.spec.hidden_size)
+        if self.quant.embeddings and self.quantises([name]):
+            return Table(path, QuantLinear([self.part(name, shape)], self.place.dtype))
+        return Table(path, self.weight_as_is(name, shape))
+
+    def weight_as_is(self, name: str, shape: tuple[int, int]) -> DenseLinear:
+        value = self.tensor(name, shape).to(self.place.device, self.place.dtype)
         # Memory-mapped bytes must not stay behind: the file may change or go away under us.
-        return Table(path, DenseLinear(value.clone() if value.dtype == torch.float32 else value))
+        return DenseLinear(value.clone() if value.dtype == torch.float32 else value)
 
 
-def load_decoder(base: BaseFiles, place: Place) -> Decoder:
-    """The base's weights as a decoder on this device, in this type.
+def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTISED) -> Decoder:
+    """The base's weights as a decoder on this device, in this type, quantised as they are read if asked.
 
-    Raises BaseError for an architecture that is not supported, or weights that are missing or of
-    the wrong shape.
+    Raises BaseError for an architecture that is not supported, weights that are missing, of the wrong
+    shape, or not finite where they are quantised, and UserError if there is nothing to keep.
     """
     keep_freed_memory()
     spec = read_spec(base.config, path=str(base.path))
-    reader = _Reader(base, spec, place)
+    reader = _Reader(base, spec, place, quant)
+    if quant.kind == "keep" and not any(kept_kind(base, name) for name in base.tensors):
+        raise UserError(
+            "`quant: keep` keeps a base as it is quantised, and this one is not",
+            fix="Write `quant: nf4` to quantise it as it is loaded, or leave `quant` out.",
+            path=base.path,
+        )
     embedding = reader.table("model.embed_tokens")
     layers = [_layer(reader, number) for number in range(spec.layers)]
     head = Table("lm_head", embedding.weight) if spec.tied_head else reader.table("lm_head")

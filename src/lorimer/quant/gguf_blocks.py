@@ -44,7 +44,7 @@ def _nibbles(raw_B: Tensor) -> Tensor:
 
 def _fifth_bits(raw_B: Tensor) -> Tensor:
     """4 bytes of each block -> [B, 32] with 16 where number j's bit is set."""
-    bits = torch.arange(8, dtype=torch.uint8)
+    bits = torch.arange(8, dtype=torch.uint8, device=raw_B.device)
     return ((raw_B.unsqueeze(-1) >> bits) & 1).flatten(1) << 4
 
 
@@ -96,7 +96,7 @@ def _q4_k(raw: Tensor) -> Tensor:
 
 
 def _q5_k(raw: Tensor) -> Tensor:
-    bits = torch.arange(8, dtype=torch.uint8).view(8, 1)
+    bits = torch.arange(8, dtype=torch.uint8, device=raw.device).view(8, 1)
     fifth = ((raw[:, 16:48].unsqueeze(1) >> bits) & 1) << 4
     return _k_blocks(raw, _k_nibbles(raw[:, 48:]) | fifth)
 
@@ -123,6 +123,11 @@ BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
     "Q5_K": (176, 256, _q5_k),
     "Q6_K": (210, 256, _q6_k),
 }
+# Where the float16 scales of a block lie, and how many there are.
+SCALES = {
+    "Q4_0": (0, 1), "Q4_1": (0, 2), "Q5_0": (0, 1), "Q5_1": (0, 2), "Q8_0": (0, 1),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208, 1),
+}  # fmt: skip
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # Blocks decoded at once: what is alive between input and output stays in the cache.
 CHUNK = 16_384
@@ -142,15 +147,27 @@ def dequantise(raw: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(raw).view(PLAIN[dtype]).view(shape).float()
     if dtype not in BLOCKS:
         raise BaseError(f"weights of the type {dtype} cannot be read", fix=f"Known: {', '.join(BLOCKS)}.")
-    size, elements, decode = BLOCKS[dtype]
+    size, elements, _ = BLOCKS[dtype]
     if raw.nbytes % size:
         raise BaseError(f"{raw.nbytes:,} bytes are not whole {dtype} blocks of {size} bytes")
     row = shape[-1] if shape else 1
     if row % elements or raw.nbytes // size * elements != math.prod(shape):
         raise BaseError(f"{raw.nbytes:,} bytes of {dtype} do not fill {list(shape)} in rows of {elements}")
-    blocks = torch.from_numpy(raw).view(-1, size)
-    numbers = torch.empty(shape, dtype=torch.float32)
-    flat = numbers.view(blocks.shape[0], -1)
+    return decoded(torch.from_numpy(raw), dtype).view(shape)
+
+
+def block_scales(raw: Tensor, dtype: str) -> Tensor:
+    """The float16 scales and minimums of whole blocks [blocks, 1 or 2]."""
+    start, count = SCALES[dtype]
+    blocks = raw.view(-1, BLOCKS[dtype][0])
+    return blocks[:, start : start + 2 * count].contiguous().view(torch.float16)
+
+
+def decoded(raw: Tensor, dtype: str) -> Tensor:
+    """Whole blocks, uint8, as float32 numbers [blocks, numbers of one]."""
+    size, elements, decode = BLOCKS[dtype]
+    blocks = raw.view(-1, size)
+    numbers = torch.empty((blocks.shape[0], elements), dtype=torch.float32, device=raw.device)
     for start in range(0, blocks.shape[0], CHUNK):
-        flat[start : start + CHUNK] = decode(blocks[start : start + CHUNK])
+        numbers[start : start + CHUNK] = decode(blocks[start : start + CHUNK])
     return numbers

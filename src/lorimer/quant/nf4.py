@@ -122,5 +122,5 @@ def numbers(part: Part, first: int, last: int) -> Tensor:
     packed = part.data[start // 2 : (stop + 1) // 2]
     codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)[start % 2 :][: stop - start]
     scales = part.scales(start // size, -(-stop // size)).repeat_interleave(size)
-    values = table(part.kind)[codes.int()]
+    values = table(part.kind).to(codes.device)[codes.int()]
     return values.mul_(scales[start % size :][: stop - start]).view(last - first, width)

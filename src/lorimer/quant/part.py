@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,17 @@ class Part:
     outlier_columns: Tensor | None = None  # int8: int64 [C], ascending
     outliers: Tensor | None = None  # int8: [O, C], in 16 or 32 bits
 
+    def to(self, device: torch.device) -> Part:
+        """The same on another device."""
+        return replace(
+            self,
+            **{
+                item.name: getattr(self, item.name).to(device)
+                for item in fields(self)
+                if isinstance(getattr(self, item.name), Tensor)
+            },
+        )
+
     @property
     def nbytes(self) -> int:
         tensors = (
@@ -51,5 +62,5 @@ class Part:
         found = self.absmax[first:last]
         if self.absmax_table is None or self.absmax_scale is None:
             return found
-        numbers = torch.arange(first, last) // NESTED_BLOCK
+        numbers = torch.arange(first, last, device=found.device) // NESTED_BLOCK
         return self.absmax_table[found.long()] * self.absmax_scale[numbers] + self.absmax_offset

@@ -207,7 +207,7 @@ class Session:
         tokenizer = Tokenizer.from_base(self.base)
         self.template = ChatTemplate(self._template_source(), tokenizer)
         self.data: Prepared = prepare(config.data, self.template, seed=config.train.seed)
-        decoder = load_decoder(self.base, self.place)
+        decoder = load_decoder(self.base, self.place, config.quant)
         self.model = Model(self.base, decoder, tokenizer, config.base)
         self.model.template = self.template
         self._put_adapter()
@@ -352,6 +352,7 @@ class Session:
             "architecture": self.model.spec.family,
             "base_parameters": self.base.parameters,
             "dtype": str(self.place.dtype).removeprefix("torch."),
+            "quant": config.quant.model_dump() | {"bytes": self.model.decoder.frozen_bytes},
             "device": str(self.place.device),
             "threads": torch.get_num_threads(),
             "trainable": trainable_line(self.adapter, self.base.parameters),
@@ -551,6 +552,7 @@ class Session:
                 "name": self.config.base,
                 "path": str(self.base.path),
                 "fingerprint": self.progress.base_fingerprint,
+                "quant": self.config.quant.model_dump(),
             },
             "template_hash": self.template.hash,
             "data_hash": self.progress.data_hash,

@@ -1,0 +1,59 @@
+"""A weight into quantised storage, and back into numbers: one door for every kind.
+
+    numbers   rows of a part as float32, what every product is defined by
+    quantise  a weight as nf4, fp4 or int8
+    keep      the blocks of a GGUF file as they lie there
+
+Letters: O output features (rows), I input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorimer.bases.mapped import Bytes
+from lorimer.config import QuantConfig
+from lorimer.quant import int8, nf4
+from lorimer.quant.gguf_blocks import BLOCKS, block_scales, decoded
+from lorimer.quant.part import FOUR_BIT, Part
+
+
+def numbers(part: Part, first: int, last: int) -> Tensor:
+    """Rows first to last as float32 [rows, I]."""
+    if part.kind in FOUR_BIT:
+        return nf4.numbers(part, first, last)
+    if part.kind == "int8":
+        return int8.numbers(part, first, last)
+    size, elements, _ = BLOCKS[part.kind]
+    row = part.shape[1] // elements * size
+    return decoded(part.data.view(-1)[first * row : last * row], part.kind).view(last - first, -1)
+
+
+def quantise(weight_OI: Tensor, quant: QuantConfig) -> Part:
+    """The weight as `quant.kind` says: nf4, fp4 or int8. Its numbers must be finite."""
+    if quant.kind == "int8":
+        return int8.quantise(weight_OI)
+    return nf4.quantise(weight_OI, quant.kind, quant.block_size, double=quant.double)
+
+
+def keep(raw: Bytes, kind: str, shape: tuple[int, int], heads: int | None) -> Part:
+    """Blocks as they lie in a GGUF file, in memory of their own.
+
+    With `heads`, rows lie there in pairs for llama.cpp's rotation and are put in the order of Hugging
+    Face: a row is whole blocks, so this is exact.
+    """
+    rows = torch.from_numpy(raw).view(shape[0], -1)
+    if heads is not None:
+        rows = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+        return Part(kind, shape, rows.view(-1))
+    return Part(kind, shape, rows.flatten().clone())
+
+
+def is_finite(part: Part) -> bool:
+    """Whether no scale is NaN or infinite, so no number is."""
+    if part.kind in BLOCKS:
+        return bool(torch.isfinite(block_scales(part.data, part.kind)).all())
+    scales = (part.absmax, part.absmax_scale, part.row_scale, part.outliers)
+    floats = [tensor for tensor in scales if tensor is not None and tensor.is_floating_point()]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floats)
