@@ -340,7 +340,94 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(str(size) for size in tensor.shape)
 
 
+def _stored(parts: Tensor) -> int:
+    """The bytes of a quantised weight's codes, from the words that describe it (see quantised.hpp)."""
+    bytes_of = (
+        (1, 2),
+        (1, 1),
+        (18, 32),
+        (20, 32),
+        (22, 32),
+        (24, 32),
+        (34, 32),
+        (144, 256),
+        (176, 256),
+        (210, 256),
+    )
+    total = 0
+    for kind, rows, columns in parts[:, :3].tolist():
+        size, numbers = bytes_of[kind]
+        total += rows * columns * size // numbers
+    return total
+
+
+def _quantised_matmul(
+    a: Tensor,
+    a_stride: int,
+    parts: Tensor,
+    part_count: int,
+    turned: int,
+    k: int,
+    a2: Tensor | None,
+    a2_stride: int,
+    b2: Tensor | None,
+    b2_stride: int,
+    b2_turned: int,
+    k2: int,
+    bias: Tensor | None,
+    onto: Tensor | None,
+    onto_stride: int,
+    out: Tensor,
+    out_stride: int,
+    out_floats: int,
+    spans: Tensor | None,
+    span_count: int,
+    m: int,
+    n: int,
+    *_: float,
+) -> Work:
+    """As a dense product, but the weight moves as it is stored."""
+    second = n * k2 if spans is None else sum(width * depth for _, width, _, depth in spans.tolist())
+    moved = a.element_size() * (m * (k + k2) + second) + out.element_size() * m * n + _stored(parts)
+    return Work(f"{m} x {n} x {k}", 2 * m * (n * k + second), moved)
+
+
+def _quantised_head_loss(
+    hidden: Tensor,
+    stride: int,
+    parts: Tensor,
+    part_count: int,
+    labels: Tensor,
+    losses: Tensor,
+    grad: Tensor | None,
+    positions: int,
+    hidden_size: int,
+    vocabulary: int,
+    *_: float,
+) -> Work:
+    products = 1 if grad is None else 2
+    moved = hidden.element_size() * hidden_size * products * positions + _stored(parts) + 12 * positions
+    size = f"{positions} x {vocabulary} x {hidden_size}" + ("" if grad is None else ", gradient")
+    return Work(size, 2 * products * positions * hidden_size * vocabulary, moved)
+
+
+def _quantised_rows(
+    parts: Tensor,
+    part_count: int,
+    ids: Tensor | None,
+    first: int,
+    count: int,
+    columns: int,
+    out: Tensor,
+    *_: float,
+) -> Work:
+    return Work(f"{count} x {columns}", 0, out.element_size() * count * columns)
+
+
 WORK: dict[str, Callable[..., Work]] = {
+    "quantised_matmul": _quantised_matmul,
+    "quantised_head_loss": _quantised_head_loss,
+    "quantised_rows": _quantised_rows,
     "matmul": _matmul,
     "head_loss": _head_loss,
     "attention_forward": _attention_forward,

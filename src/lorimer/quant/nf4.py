@@ -13,26 +13,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lorimer.kernels.codes import CODES
 from lorimer.quant.part import NESTED_BLOCK, Part
 
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-# Sign, two bits of exponent, one of fraction; in twelfths.
-_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
 SMALLEST = 1e-38  # a block of zeros is divided by this instead
 CHUNK = 1 << 20  # numbers quantised at once, a multiple of every block size
 
 
-@cache
 def table(kind: str) -> Tensor:
     """The 16 values of `nf4` or `fp4`, float32."""
-    if kind == "nf4":
-        return torch.tensor(_NF4)
-    return torch.tensor([*_FP4, *(-value for value in _FP4)]) / 12
+    return CODES[kind]
 
 
 @cache

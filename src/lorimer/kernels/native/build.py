@@ -38,6 +38,7 @@ VARIANTS = {
     "matmul.cpp": list(FLAGS),
     "attention.cpp": ["portable", "avx2", "avx512", "avx512_bf16"],
     "head.cpp": list(FLAGS),
+    "quantised.cpp": ["portable", "avx2", "avx512"],
     "elementwise.cpp": ["portable", "avx2", "avx512", "avx512_bf16"],
 }
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]

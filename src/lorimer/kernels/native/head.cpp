@@ -7,10 +7,11 @@
 //
 // Letters: M trained positions, H hidden size, V vocabulary.
 #include "gemm.hpp"
+#include "quantised.hpp"
 
 namespace {
 
-enum Slot { FORWARD = 5, BACKWARD, LOGITS, NARROW, STATE, SUMS, COPY_HEAD };
+enum Slot { FORWARD = 5, BACKWARD, LOGITS, NARROW, STATE, SUMS, COPY_HEAD, STRIP_HEAD = 13, CHOSEN };
 
 // Positions that share one sweep: their sums, [positions, H] floats, stay in the second cache.
 constexpr int64_t MOST_POSITIONS = 192;
@@ -29,6 +30,7 @@ struct Head {
   void* grad;
   int64_t m, h, v, stride;
   float weight, smoothing;
+  Parts parts;  // the head where it is quantised, else none
 };
 
 // What one thread has summed up over its part of the vocabulary, for each position.
@@ -78,7 +80,7 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
   constexpr int64_t TILE = Sizes<T>::TILE;
   using Blocks = Unit<PAIRED>;
   const typename Blocks::Use use;
-  const T* head = static_cast<const T*>(job.head);
+  T* strip = job.parts.count ? scratch<T>(STRIP_HEAD, TILE * job.h) : nullptr;
   const T* hidden = static_cast<const T*>(job.hidden) + start * job.stride;
   const int64_t units = units_of<T>(job.h), back_units = units_of<T>(TILE);
   const bool gradient = job.grad != nullptr, smoothing = job.smoothing != 0.0f;
@@ -103,9 +105,11 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
   int64_t since = 0;
   for (int64_t tile = first_row; tile < last_row; tile += TILE) {
     const int64_t columns = smaller(TILE, last_row - tile);
+    for (int64_t i = 0; strip && i < columns; ++i) read_row(job.parts, tile + i, 0, job.h, strip + i * job.h);
+    const T* head = strip ? strip : static_cast<const T*>(job.head) + tile * job.h;
     for (int64_t j = 0; j < TILE; j += PANEL)
       if (j < columns)
-        pack_columns(head + (tile + j) * job.h, job.h, job.h, smaller<int64_t>(PANEL, columns - j), forward + j * units);
+        pack_columns(head + j * job.h, job.h, job.h, smaller<int64_t>(PANEL, columns - j), forward + j * units);
     for (int64_t at = 0, block; at < count; at += block) {
       block = Blocks::next(count - at);
       for (int64_t j = 0; j < columns; j += PANEL)
@@ -123,10 +127,10 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
     if (!gradient) continue;
     const int64_t here = units_of<T>(columns);
     for (int64_t j = 0; j < job.h; j += PANEL)
-      pack_rows(head + tile * job.h + j, job.h, columns, smaller<int64_t>(PANEL, job.h - j), backward + j * back_units);
+      pack_rows(head + j, job.h, columns, smaller<int64_t>(PANEL, job.h - j), backward + j * back_units);
     if (smoothing)
       for (int64_t k = 0; k < columns; ++k)
-        for (int64_t j = 0; j < job.h; ++j) share.head_sum[j] += widen(head[(tile + k) * job.h + j]);
+        for (int64_t j = 0; j < job.h; ++j) share.head_sum[j] += widen(head[k * job.h + j]);
     const char* p = PAIRED ? reinterpret_cast<const char*>(narrow_p) : reinterpret_cast<const char*>(logits);
     const int64_t p_bytes = TILE * (PAIRED ? 2 : 4);
     for (int64_t at = 0, block; at < count; at += block) {
@@ -162,7 +166,9 @@ void combine(const Head& job, const Share* shares, int parts, int64_t position, 
   const double loss = log_total - (1.0 - soft) * static_cast<double>(label) - soft * (logits / static_cast<double>(job.v));
   job.losses[position] = static_cast<float>(loss);
   if (!job.grad) return;
-  const T* chosen = static_cast<const T*>(job.head) + job.labels[position] * job.h;
+  T* decoded = job.parts.count ? scratch<T>(CHOSEN, job.h) : nullptr;
+  if (decoded) read_row(job.parts, job.labels[position], 0, job.h, decoded);
+  const T* chosen = decoded ? decoded : static_cast<const T*>(job.head) + job.labels[position] * job.h;
   T* grad = static_cast<T*>(job.grad) + position * job.h;
   const Vector hit = set(smoothing - 1.0f), even = set(-smoothing / static_cast<float>(job.v));
   for (int64_t j = 0; j < job.h; j += WIDTH) {
@@ -210,7 +216,17 @@ LORIMER_EXPORT(head_loss)
 (const void* hidden, int64_t stride, const void* head, const int64_t* labels, float* losses, void* grad, int64_t m,
  int64_t h, int64_t v, float weight, float smoothing, int dtype, int threads) {
   if (m <= 0 || v <= 0) return;
-  Head job{hidden, head, labels, losses, grad, m, h, v, stride, weight, smoothing};
+  Head job{hidden, head, labels, losses, grad, m, h, v, stride, weight, smoothing, {}};
+  if (dtype == 0) head_loss<float>(job, threads);
+  else head_loss<bf16>(job, threads);
+}
+
+// As head_loss, with a quantised head.
+LORIMER_EXPORT(quantised_head_loss)
+(const void* hidden, int64_t stride, const Part* parts, int64_t part_count, const int64_t* labels, float* losses,
+ void* grad, int64_t m, int64_t h, int64_t v, float weight, float smoothing, int dtype, int threads) {
+  if (m <= 0 || v <= 0) return;
+  Head job{hidden, nullptr, labels, losses, grad, m, h, v, stride, weight, smoothing, {parts, part_count}};
   if (dtype == 0) head_loss<float>(job, threads);
   else head_loss<bf16>(job, threads);
 }

@@ -4,6 +4,7 @@
 // backward, A is the output's gradient and A2 that times the up factor. Each thread takes a part of
 // the columns, packs them group by group and runs all rows past each group.
 #include "gemm.hpp"
+#include "quantised.hpp"
 
 namespace {
 
@@ -19,13 +20,19 @@ constexpr int64_t COPIED_ROWS = 256;
 // Up to so many rows, dot products with the weight as it lies beat packing it.
 constexpr int64_t FEW_ROWS = 32;
 constexpr int64_t FEW_COLUMNS = 64;  // whose results are kept back until their rows can be written whole
+// Of a quantised weight, so much is decoded at a time, to be packed from the first cache: a few rows
+// of many numbers where a panel's columns are rows, else many rows that span whole blocks.
+constexpr int64_t STRIP_LONG = 512;
+constexpr int64_t STRIP_WIDE = 256;
+constexpr int64_t STRIP_ROWS = 64;
 
-enum Slot { PANELS, COPY, COPY2, PARTIAL, BLOCK };
+enum Slot { PANELS, COPY, COPY2, PARTIAL, BLOCK, STRIP = 12 };
 
 struct Operand {
   const void* at;
   int64_t stride;  // elements
   bool turned;     // A as [K, M]; B as [N, K]
+  int64_t first = 0;  // the row of B that lies at `at`
 };
 
 // Columns that meet only some of K: LoRA's stacked up factor is zero elsewhere.
@@ -46,6 +53,7 @@ struct Product {
   bool c_turned;  // C is [N, M], fp32, and added to
   const Span* spans;  // of the second product if there is one, else of the first
   int64_t span_count;
+  Parts parts;  // B where it is quantised, else none
 };
 
 // The part of K that columns first..last meet, widened to whole pairs.
@@ -121,6 +129,34 @@ inline Rows rows_of(const Operand& a, int64_t row, int64_t rows, int64_t k, int 
   return {reinterpret_cast<const char*>(copy), units * 4};
 }
 
+// Panels start..start+count of a quantised B, numbers from..to along K.
+template <class T>
+void pack_parts(const Product& p, int64_t start, int64_t count, int64_t from, int64_t to, float* panels,
+                int64_t panel_floats) {
+  constexpr int64_t PER = PAIRS && sizeof(T) == 2 ? 2 : 1;
+  constexpr int64_t LONG = STRIP_LONG + 16;  // rows a power of two apart share sets of the cache
+  const bool turned = p.b.turned;
+  const int64_t together = turned ? 1 : STRIP_WIDE / PANEL, step = turned ? STRIP_LONG : STRIP_ROWS;
+  T* strip = scratch<T>(STRIP, turned ? PANEL * LONG : STRIP_ROWS * STRIP_WIDE);
+  for (int64_t j = 0; j < count; j += together) {
+    const int64_t column = (start + j) * PANEL, here = smaller(together, count - j);
+    const int64_t columns = smaller(here * PANEL, p.n - column);
+    for (int64_t k = from; k < to; k += step) {
+      const int64_t length = smaller(step, to - k);
+      float* panel = panels + j * panel_floats + (k - from) / PER * PANEL;
+      if (turned) {
+        for (int64_t i = 0; i < columns; ++i) read_row(p.parts, column + i, k, length, strip + i * LONG);
+        pack_columns(strip, LONG, length, columns, panel);
+        continue;
+      }
+      for (int64_t i = 0; i < length; ++i) read_row(p.parts, k + i, column, columns, strip + i * STRIP_WIDE);
+      for (int64_t i = 0; i < here; ++i)
+        pack_rows(strip + i * PANEL, STRIP_WIDE, length, smaller<int64_t>(PANEL, columns - i * PANEL),
+                  panel + i * panel_floats);
+    }
+  }
+}
+
 // Rows row..row+rows of C, columns of panels first..last.
 template <class T>
 void multiply_part(const Product& p, int64_t row, int64_t rows, int64_t first_panel, int64_t last_panel) {
@@ -148,6 +184,8 @@ void multiply_part(const Product& p, int64_t row, int64_t rows, int64_t first_pa
       Stretch parts[2];
       struct Extent { int64_t unit, units, unit2, units2; };
       Extent extents[MOST_GROUP];
+      if (p.parts.count)
+        pack_parts<T>(p, start, count, unit * PER, smaller(p.k, (unit + cut) * PER), panels, panel_floats);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t column = (start + j) * PANEL, columns = smaller<int64_t>(PANEL, p.n - column);
         int64_t from, to;
@@ -158,7 +196,7 @@ void multiply_part(const Product& p, int64_t row, int64_t rows, int64_t first_pa
         extent.unit = larger(from / PER, unit);
         extent.units = to > from ? units_of<T>(to - from) : 0;
         float* panel = panels + j * panel_floats;
-        if (extent.units)
+        if (extent.units && !p.parts.count)
           pack(static_cast<const T*>(p.b.at), p.b.stride, p.b.turned, from, to - from, column, columns, panel);
         extent.units2 = extent.unit2 = 0;
         if (p.k2 && last) {
@@ -262,7 +300,8 @@ void few_block(const Product& p, int64_t row, int64_t column, Ahead ahead, float
     for (int c = 0; c < COLUMNS; ++c) sums[r][c] = zero();
   auto run = [&](const Operand& a, const Operand& b, int64_t k, Ahead next) __attribute__((always_inline)) {
     dots<T, Loader, PAIRED, ROWS, COLUMNS>(static_cast<const T*>(a.at) + row * a.stride, a.stride,
-                                           static_cast<const T*>(b.at) + column * b.stride, b.stride, k, next, sums);
+                                           static_cast<const T*>(b.at) + (column - b.first) * b.stride, b.stride,
+                                           k, next, sums);
   };
   run(p.a, p.b, p.k, ahead);
   if (p.k2) run(p.a2, p.b2, p.k2, {nullptr, 0});
@@ -283,7 +322,8 @@ void few_block(const Product& p, int64_t row, int64_t column, Ahead ahead, float
 template <class T, class Loader, bool PAIRED, int COLUMNS>
 inline void few_columns(const Product& p, int64_t column, float* out) {
   // The blocks of rows share out the lines of the columns that come next but one.
-  const int64_t shares = p.m >= 16 ? 4 : p.m >= 8 ? 2 : 1, width = COLUMNS * p.b.stride * int64_t(sizeof(T));
+  const int64_t shares = p.parts.count ? 0 : p.m >= 16 ? 4 : p.m >= 8 ? 2 : 1;
+  const int64_t width = COLUMNS * p.b.stride * int64_t(sizeof(T));
   const char* next = static_cast<const char*>(p.b.at) + (column + 2 * COLUMNS) * p.b.stride * int64_t(sizeof(T));
   int64_t row = 0, share = 0;
   auto ahead = [&]() -> Ahead {
@@ -303,11 +343,21 @@ template <class T, class Loader, bool PAIRED>
 void multiply_few(const Product& p, int threads) {
   parallel_range(threads, p.n, 16, [&](int64_t first_column, int64_t last) {
     float sums[FEW_ROWS * FEW_COLUMNS];
+    Product strip = p;
+    T* rows = p.parts.count ? scratch<T>(STRIP, 4 * p.k) : nullptr;
+    // Columns first..first+4 of a quantised weight, decoded once for all rows of A.
+    auto decoded = [&](int64_t first, int64_t count) -> const Product& {
+      if (!rows) return p;
+      for (int64_t i = 0; i < count; ++i) read_row(p.parts, first + i, 0, p.k, rows + i * p.k);
+      strip.b = {rows, p.k, true, first};
+      return strip;
+    };
     for (int64_t column = first_column; column < last; column += FEW_COLUMNS) {
       const int64_t columns = smaller(FEW_COLUMNS, last - column);
       int64_t c = 0;
-      for (; c + 4 <= columns; c += 4) few_columns<T, Loader, PAIRED, 4>(p, column + c, sums + c);
-      for (; c < columns; ++c) few_columns<T, Loader, PAIRED, 1>(p, column + c, sums + c);
+      for (; c + 4 <= columns; c += 4)
+        few_columns<T, Loader, PAIRED, 4>(decoded(column + c, 4), column + c, sums + c);
+      for (; c < columns; ++c) few_columns<T, Loader, PAIRED, 1>(decoded(column + c, 1), column + c, sums + c);
       finish<T>(p, sums, FEW_COLUMNS, 0, p.m, column, columns);
     }
   });
@@ -372,3 +422,27 @@ LORIMER_EXPORT(matmul)
   else multiply<bf16>(p, threads);
 }
 LORIMER_ON_TAPE(matmul)
+
+// As matmul, with B quantised: [N, K] if `turned`, else [K, N]. Spans belong to the second product.
+LORIMER_EXPORT(quantised_matmul)
+(const void* a, int64_t a_stride, const Part* parts, int64_t part_count, int turned, int64_t k, const void* a2,
+ int64_t a2_stride, const void* b2, int64_t b2_stride, int b2_turned, int64_t k2, const void* bias, const void* onto,
+ int64_t onto_stride, void* c, int64_t c_stride, int c_floats, const int64_t* spans, int64_t span_count, int64_t m,
+ int64_t n, float alpha, int dtype, int threads) {
+  if (m <= 0 || n <= 0) return;
+  Product p{};
+  p.a = {a, a_stride, false};
+  p.b = {nullptr, 0, turned != 0};
+  p.parts = {parts, part_count};
+  p.a2 = {a2, a2_stride, false};
+  p.b2 = {b2, b2_stride, b2_turned != 0};
+  p.m = m, p.n = n, p.k = k, p.k2 = a2 ? k2 : 0;
+  p.bias = bias, p.onto = onto, p.onto_stride = onto_stride;
+  p.c = c, p.c_stride = c_stride, p.alpha = alpha;
+  p.c_floats = c_floats || dtype == 0;
+  p.spans = reinterpret_cast<const Span*>(spans);
+  p.span_count = p.k2 ? span_count : 0;
+  if (dtype == 0) multiply<float>(p, threads);
+  else multiply<bf16>(p, threads);
+}
+LORIMER_ON_TAPE(quantised_matmul)
