@@ -261,7 +261,7 @@ def test_all_problems_are_told_at_once_in_order_of_lines(here: Path) -> None:
         ("learning_rate: 1", "Write it as `train.learning_rate`"),
         ("train: {r: 8}", "Write it as `lora.r`"),
         ("lora.r: 8", "A dot does not nest in YAML. Write `r` in the block `lora`."),
-        ("xyz: 8", "Known here: base, quant, data, lora, train, evaluate, output."),
+        ("xyz: 8", "Known here: base, data, lora, quant, train, evaluate, output."),
         ("num_train_epochs: 3", "`train.epochs`"),
         ("train: {per_device_train_batch_size: 3}", "`train.batch_size`"),
         ("gradient_accumulation_steps: 3", "Leave it out: `train.batch_size` is already"),
@@ -283,7 +283,7 @@ def test_all_problems_are_told_at_once_in_order_of_lines(here: Path) -> None:
         ("fp16: true", "Leave it out: fp16 is not offered"),
         ("load_in_4bit: true", "`quant.kind`"),
         ("bnb_4bit_quant_type: nf4", "`quant.kind`"),
-        ("train: {quant: nf4}", "Write it as `quant`"),
+        ("train: {quant: nf4}", "`quant` is a block of its own"),
         ("optim: adamw_torch", "`train.optimizer`"),
         ("sample_packing: true", "`data.pack`"),
         ("train_on_inputs: false", "`data.train_on`"),
@@ -460,6 +460,12 @@ def test_explain_answers_blocks_last_parts_and_other_names() -> None:
     assert "NEFTune" in explain("neftune_noise_alpha")
     with pytest.raises(ConfigError, match=r"Did you mean `train\.batch_size`"):
         explain("train.batchsize")
+
+
+def test_the_schema_takes_one_word_for_a_block() -> None:
+    block, word = json_schema()["properties"]["quant"]["anyOf"]
+    assert "$ref" in str(block)
+    assert word["enum"] == ["none", "nf4", "fp4", "int8", "keep"]
 
 
 def test_the_schema_refuses_unknown_names() -> None:

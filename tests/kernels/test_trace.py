@@ -14,9 +14,10 @@ from torch import Tensor
 
 import lorimer
 from lorimer.kernels import trace
-from lorimer.kernels.native import attention, elementwise, library
+from lorimer.kernels.native import attention, elementwise, library, quantised
 from lorimer.kernels.native.matmul import head_loss, matmul
 from lorimer.kernels.trace import WORK, Recorder, visible_pairs
+from lorimer.quant.part import Part
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SOURCE = Path(lorimer.__file__).parent
@@ -56,6 +57,14 @@ OFFSETS = torch.tensor([2, 5, 6])
 # Query and output of 6 x 4 x 16, key and value of 6 x 2 x 16, and a float for each token and head.
 PACK_BYTES = 4 * (2 * 384 + 2 * 192) + 4 * 24
 
+
+def stored(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+NF4 = Part("nf4", (3, 4), stored(6), 64, of(1))
+INT8 = Part("int8", (2, 32), stored(2, 32), row_scale=of(2))
+Q8_0 = Part("Q8_0", (3, 32), stored(3 * 34))
 
 CASES: dict[str, tuple[Callable[[], Any], float, float]] = {
     "matmul": (lambda: matmul(of(3, 5), of(5, 7)), 2 * 3 * 5 * 7, 4 * (15 + 35 + 21)),
@@ -211,6 +220,23 @@ CASES: dict[str, tuple[Callable[[], Any], float, float]] = {
         0,
         (6 + 20) * (4 + 2),
     ),
+    # 3 rows of 4 numbers take 6 bytes of codes; with a second product of 2 ranks for all 3 outputs.
+    "quantised_matmul": (
+        lambda: quantised.matmul(of(5, 4), [NF4], turned=True, a2=of(5, 2), b2=of(3, 2), b2_turned=True),
+        2 * 5 * 3 * (4 + 2),
+        4 * (5 * (4 + 2) + 3 * 2 + 5 * 3) + 6,
+    ),
+    "quantised_matmul of int8 and blocks": (
+        lambda: quantised.matmul(of(5, 5, dtype=BF16), [INT8, Q8_0], turned=False),
+        2 * 5 * 5 * 32,
+        2 * (5 * 5 + 5 * 32) + 2 * 32 + 3 * 34,
+    ),
+    "quantised_head_loss": (
+        lambda: quantised.head_loss(of(2, 4), [NF4], torch.tensor([0, 2]), weight=0.5),
+        2 * 2 * 2 * 4 * 3,
+        4 * 4 * 2 * 2 + 6 + 12 * 2,
+    ),
+    "quantised_rows": (lambda: quantised.rows([NF4], torch.tensor([2, 0]), FP32), 0, 4 * 2 * 4),
     "column_sums": (lambda: elementwise.column_sums(of(3, 5, dtype=BF16)), 0, 2 * 15 + 4 * 5),
 }  # fmt: skip
 

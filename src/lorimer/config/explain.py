@@ -8,7 +8,7 @@ from typing import Any
 
 from lorimer.config.other_names import OTHER_NAMES
 from lorimer.config.problems import unknown
-from lorimer.config.settings import BLOCKS, SETTINGS, RunConfig
+from lorimer.config.settings import BLOCKS, SETTINGS, SHORT, RunConfig
 from lorimer.config.yaml_text import write_yaml
 from lorimer.errors import ConfigError
 
@@ -56,4 +56,8 @@ def _shown(value: Any) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a config file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | RunConfig.model_json_schema()
+    schema = RunConfig.model_json_schema()
+    for block, name in SHORT.items():
+        word = BLOCKS[block].model_json_schema()["properties"][name]
+        schema["properties"][block] = {"anyOf": [schema["properties"][block], {"enum": word["enum"]}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema

@@ -44,6 +44,8 @@ def _meant(name: str, place: Place) -> str:
     ours = [key for key in SETTINGS if key.rpartition(".")[2] == name and key != ".".join(map(str, place))]
     if ours:
         return f"Write it as {' or '.join(f'`{key}`' for key in ours)}: {_how(ours[0])}."
+    if name in BLOCKS and len(place) > 1:
+        return f"`{name}` is a block of its own: write it at the top of the file."
     if name in OTHER_NAMES:
         answer, _, note = OTHER_NAMES[name].partition("; ")
         if answer.startswith("no: "):

@@ -11,14 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorimer.config.problems import found_text, wrong_names, wrong_values
-from lorimer.config.settings import BLOCKS, RunConfig
+from lorimer.config.settings import BLOCKS, SHORT, RunConfig
 from lorimer.config.yaml_text import Lines, Place, read_yaml, scalar, write_yaml
 from lorimer.errors import ConfigError
 
 # Settings that may name files: taken from the config file's folder if there, else from the current one.
 PATHS = ("base", "data.train", "data.valid", "data.test", "data.chat_template", "lora.adapter")
-# Blocks that may be written as one word, and the setting that it is.
-SHORT = {"quant": "kind"}
 ROW_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
 
 

@@ -214,9 +214,9 @@ class RunConfig(Block):
         examples=["smollm2-135m"],
         description="The model to adapt: a kept name, a folder, a .gguf file, or a hub id.",
     )
-    quant: QuantConfig = Field(default_factory=QuantConfig)
     data: DataConfig
     lora: LoraConfig = Field(default_factory=LoraConfig)
+    quant: QuantConfig = Field(default_factory=QuantConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
@@ -280,11 +280,13 @@ def _listed(names: list[str]) -> str:
 
 
 BLOCKS: dict[str, type[Block]] = {
-    "quant": QuantConfig,
     "data": DataConfig,
     "lora": LoraConfig,
+    "quant": QuantConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "output": OutputConfig,
 }
+# Blocks that may be written as one word, and the setting that it is.
+SHORT = {"quant": "kind"}
 SETTINGS: dict[str, Setting] = _settings()

@@ -1,7 +1,10 @@
-"""What the sixteen codes of four bits stand for, float32, as bitsandbytes has them.
+"""Facts of quantised weights that kernels and storage share.
 
-NF4's are quantiles of a normal distribution (arXiv 2305.14314, section 3); FP4's have a sign, two bits of
-exponent and one of fraction, in twelfths.
+CODES   what the sixteen codes of four bits stand for, float32, as bitsandbytes has them: NF4's are
+        quantiles of a normal distribution (arXiv 2305.14314, section 3), FP4's have a sign, two bits of
+        exponent and one of fraction, in twelfths
+BLOCKS  bytes and numbers of a block of each GGUF type
+KINDS   every storage, in the order of quantised.hpp
 """
 
 from __future__ import annotations
@@ -20,3 +23,8 @@ CODES = {
     "nf4": torch.tensor(_NF4),
     "fp4": torch.tensor([*_FP4, *(-value for value in _FP4)]) / 12,
 }
+BLOCKS = {
+    "Q4_0": (18, 32), "Q4_1": (20, 32), "Q5_0": (22, 32), "Q5_1": (24, 32), "Q8_0": (34, 32),
+    "Q4_K": (144, 256), "Q5_K": (176, 256), "Q6_K": (210, 256),
+}  # fmt: skip
+KINDS = ("4 bits", "int8", *BLOCKS)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from lorimer.kernels.codes import BLOCKS
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -342,18 +344,7 @@ def _shape(tensor: Tensor) -> str:
 
 def _stored(parts: Tensor) -> int:
     """The bytes of a quantised weight's codes, from the words that describe it (see quantised.hpp)."""
-    bytes_of = (
-        (1, 2),
-        (1, 1),
-        (18, 32),
-        (20, 32),
-        (22, 32),
-        (24, 32),
-        (34, 32),
-        (144, 256),
-        (176, 256),
-        (210, 256),
-    )
+    bytes_of = [(1, 2), (1, 1), *BLOCKS.values()]
     total = 0
     for kind, rows, columns in parts[:, :3].tolist():
         size, numbers = bytes_of[kind]

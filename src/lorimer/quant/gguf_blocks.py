@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lorimer.errors import BaseError
+from lorimer.kernels.codes import BLOCKS as STORED
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -114,14 +115,14 @@ def _q6_k(raw: Tensor) -> Tensor:
 
 # For each type: bytes of a block, numbers in it, and its decoder from [B, bytes] to [B, numbers].
 BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
-    "Q4_0": (18, 32, _q4_0),
-    "Q4_1": (20, 32, _q4_1),
-    "Q5_0": (22, 32, _q5_0),
-    "Q5_1": (24, 32, _q5_1),
-    "Q8_0": (34, 32, _q8_0),
-    "Q4_K": (144, 256, _q4_k),
-    "Q5_K": (176, 256, _q5_k),
-    "Q6_K": (210, 256, _q6_k),
+    "Q4_0": (*STORED["Q4_0"], _q4_0),
+    "Q4_1": (*STORED["Q4_1"], _q4_1),
+    "Q5_0": (*STORED["Q5_0"], _q5_0),
+    "Q5_1": (*STORED["Q5_1"], _q5_1),
+    "Q8_0": (*STORED["Q8_0"], _q8_0),
+    "Q4_K": (*STORED["Q4_K"], _q4_k),
+    "Q5_K": (*STORED["Q5_K"], _q5_k),
+    "Q6_K": (*STORED["Q6_K"], _q6_k),
 }
 # Where the float16 scales of a block lie, and how many there are.
 SCALES = {

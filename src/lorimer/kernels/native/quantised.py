@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorimer.kernels.codes import CODES
+from lorimer.kernels.codes import BLOCKS, CODES, KINDS
 from lorimer.kernels.native.library import REFERENCE, TYPES, Kernel, active
 from lorimer.kernels.native.matmul import BF16, _check_labels, _rows
 
@@ -24,19 +24,6 @@ _matmul = Kernel(
 )
 _head_loss = Kernel("quantised_head_loss", "plplpppl" + "llffii")
 _read_rows = Kernel("quantised_rows", "plplll" + "pii")
-
-# The order of quantised.hpp; for the blocks of GGUF their bytes and numbers.
-KINDS = ("4 bits", "int8", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-BLOCKS = {
-    "Q4_0": (18, 32),
-    "Q4_1": (20, 32),
-    "Q5_0": (22, 32),
-    "Q5_1": (24, 32),
-    "Q8_0": (34, 32),
-    "Q4_K": (144, 256),
-    "Q5_K": (176, 256),
-    "Q6_K": (210, 256),
-}
 
 
 class Part(Protocol):
