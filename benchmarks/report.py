@@ -110,15 +110,15 @@ def progress(outcome: Outcome, warmup: int) -> str:
     return f"{head} {rows:6.2f} rows/s {tokens:7.1f} tokens/s {outcome.peak_rss_bytes / GB:6.2f} GB"
 
 
-def summary(outcomes: Sequence[Outcome], warmup: int) -> dict[str, Any]:
-    """Per contestant: medians over its rounds, and lorimer's ratios to it, round by round."""
+def summary(outcomes: Sequence[Outcome], warmup: int, ours: str = "lorimer") -> dict[str, Any]:
+    """Per contestant: medians over its rounds, and the ratios of `ours` to it, round by round."""
     names = list(dict.fromkeys(outcome.contestant for outcome in outcomes))
     done = {(o.contestant, o.round): o for o in outcomes if o.result is not None}
-    return {name: _summary_of(name, outcomes, done, warmup) for name in names}
+    return {name: _summary_of(name, outcomes, done, warmup, ours) for name in names}
 
 
 def _summary_of(
-    name: str, outcomes: Sequence[Outcome], done: dict[tuple[str, int], Outcome], warmup: int
+    name: str, outcomes: Sequence[Outcome], done: dict[tuple[str, int], Outcome], warmup: int, ours: str
 ) -> dict[str, Any]:
     errors = [o.error for o in outcomes if o.contestant == name and o.error]
     mine = [o for (contestant, _), o in done.items() if contestant == name]
@@ -139,8 +139,8 @@ def _summary_of(
     }
     if errors:
         facts["error"] = errors[-1]
-    if name != "lorimer":
-        pairs = [(done["lorimer", o.round], o) for o in mine if ("lorimer", o.round) in done]
+    if name != ours:
+        pairs = [(done[ours, o.round], o) for o in mine if (ours, o.round) in done]
         facts |= _ratios(pairs, warmup)
     return facts
 
@@ -235,15 +235,18 @@ def _ratio_lines(summary: Mapping[str, Any]) -> list[str]:
     peers = {name: facts for name, facts in summary.items() if "rows_ratio" in facts}
     if not peers:
         return []
-    lines = ["", "lorimer divided by the peer: median over the rounds (least to most)"]
+    ours = next(name for name in summary if name not in peers)
+    lines = ["", f"{ours} divided by the other: median over the rounds (least to most)"]
     labels = [("rows/s", "rows_ratio"), ("tokens/s", "tokens_ratio"), ("memory", "memory_ratio")]
     for name, facts in peers.items():
         parts = [f"{label} {spread_text(facts[key])}" for label, key in labels]
         lines.append(f"{name:<15}" + "   ".join(parts))
     fastest = best_peer(summary)
+    if fastest.startswith("lorimer"):
+        return lines
     rows, memory = peers[fastest]["rows_ratio"][0], peers[fastest]["memory_ratio"][0]
     lines.append(
-        f"\nfastest peer: {fastest}; lorimer trains {rows:.2f} times its rows in {memory:.2f} of its memory"
+        f"\nfastest peer: {fastest}; {ours} trains {rows:.2f} times its rows in {memory:.2f} of its memory"
     )
     return lines
 

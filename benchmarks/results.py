@@ -47,6 +47,9 @@ PARTS = {
     "prompt": Part(
         "One long system prompt", "Rows that share it.", ("training.py", "--workload", "prompt")
     ),
+    "qlora": Part(
+        "QLoRA", "The base in NF4, scales quantised too.", ("training.py", "--workload", "qlora")
+    ),
     "fp32-avx2": Part(
         "A CPU with AVX2 alone",
         "lorimer and its peers in fp32, kept from everything newer than AVX2.",
@@ -121,6 +124,8 @@ GOALS = [
     Goal("full packs, peak memory", "0.25", "0.17", training_goal("packs", "memory_ratio", "peft-loop")),
     Goal("full packs, share of the bf16 peak", "30 %", "45 %", share_goal),
     Goal("one long system prompt, rows/s", "25", "50", training_goal("prompt", "rows_ratio", "trl")),
+    Goal("QLoRA, rows/s", "8", "", training_goal("qlora", "rows_ratio", "trl")),
+    Goal("QLoRA beside bf16 LoRA, rows/s", "0.85", "", training_goal("qlora", "rows_ratio", "lorimer")),
     Goal("decoding, one row", "3", "6", generation_goal("1")),
     Goal("decoding, sixteen rows", "3", "6", generation_goal("16")),
     Goal("fp32, AVX2 alone, chat rows", "3", "5", training_goal("fp32-avx2", "rows_ratio", "trl")),

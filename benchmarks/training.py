@@ -36,12 +36,14 @@ PEERS = {
     "trl-default": "trl_sft",
     "trl-tuned": "trl_sft",
     "trl-packed": "trl_sft",
+    "trl-nf4": "trl_sft",
     "peft-loop": "peft_loop",
     "peft-compiled": "peft_loop",
     "torchtune": "torchtune_recipe",
     "llama-factory": "llama_factory",
 }
-CONTESTANTS = ["lorimer", *PEERS]
+OURS = ("lorimer", "lorimer-nf4")
+CONTESTANTS = [*OURS, *PEERS]
 IN_FP32 = ("lorimer", "trl-default", "trl-tuned")
 # Peers that want other versions than those they are compared with have an environment of their own.
 PYTHONS = {
@@ -134,12 +136,12 @@ def compete(name: str, number: int, job: Job, gguf: Path, args: argparse.Namespa
     scratch.mkdir(parents=True)
     path, log = scratch / "job.json", scratch / "log.txt"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    if name == "lorimer":
+    if name in OURS:
         command = lorimer_cli.command(job, str(gguf))
     else:
         command = process.module_command(args.pythons.get(name, sys.executable), PEERS[name], str(path))
-    isa = args.isa if name == "lorimer" else args.peers_isa
-    env = process.environment(job.threads, scratch, isa=isa, lorimer=name == "lorimer")
+    isa = args.isa if name in OURS else args.peers_isa
+    env = process.environment(job.threads, scratch, isa=isa, lorimer=name in OURS)
     if name in PYTHONS:
         env["PYTHONPATH"] = str(process.ROOT)
     started = time.perf_counter()
@@ -150,7 +152,7 @@ def compete(name: str, number: int, job: Job, gguf: Path, args: argparse.Namespa
         error = process.reason(code, log)
     else:
         try:
-            result = lorimer_cli.result(job, wall) if name == "lorimer" else _printed(out)
+            result = lorimer_cli.result(job, wall) if name in OURS else _printed(out)
         except (OSError, ValueError, LookupError, TypeError) as wrong:
             error = f"done, but its result cannot be read: {wrong!r}"
     return Outcome(name, number, peak, wall, result, error)
@@ -236,7 +238,7 @@ def main() -> None:
     names = ("workload", "rounds", "steps", "warmup", "threads", "dtype", "isa", "peers_isa", "contestants")
     settings = {name: getattr(args, name) for name in names} | {"left_out": args.left_out}
     settings |= {"about": args.plan.about, "batch": args.plan.batch}
-    summary = report.summary(outcomes, args.warmup)
+    summary = report.summary(outcomes, args.warmup, args.plan.ours)
     add_work(summary, folder, args, machine["peak"])
     everything = {
         "kind": "training",

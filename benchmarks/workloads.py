@@ -35,6 +35,7 @@ class Workload:
     pack_tokens: int  # size of trl-packed's packs; one is computed at once
     packs: int  # packs in an optimizer step of trl-packed
     micro_batch_tokens: int | None = None  # lorimer's; it chooses if None
+    ours: str = "lorimer"  # whom the others are held against
     chat: bool = True  # messages with trained answers; else plain text, all of it trained
 
 
@@ -98,6 +99,19 @@ WORKLOADS = {
         # A pack of 1024 tokens holds about as many rows as an optimizer step (16 x 62 tokens).
         pack_tokens=1024,
         packs=1,
+    ),
+    "qlora": Workload(
+        about="chat rows of 62 tokens, the base in NF4",
+        rows=home_rows,
+        contestants=("lorimer-nf4", "lorimer", "trl-nf4"),
+        steps=8,
+        warmup=2,
+        batch=16,
+        max_tokens=1024,
+        micro_rows=16,
+        pack_tokens=1024,
+        packs=1,
+        ours="lorimer-nf4",
     ),
     "packs": Workload(
         about=f"plain text in full packs of {PACK_TOKENS} tokens, every token trained",

@@ -29,6 +29,7 @@ def command(job: Job, base: str) -> list[str]:
             "device": "cpu",
             "threads": job.threads,
         },
+        "quant": "nf4" if job.variant == "lorimer-nf4" else "none",
         "output": {"dir": str(scratch / "runs"), "name": "benchmark", "save_every": "never"},
     }
     path = scratch / "config.yaml"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from .counting import Clock, counted
@@ -26,6 +27,13 @@ def settings(job: Job) -> dict[str, Any]:
         "bf16": job.is_bf16,
         "model_init_kwargs": {"dtype": "bfloat16" if job.is_bf16 else "float32"},
     }
+    if job.variant == "trl-nf4":
+        tuned["model_init_kwargs"]["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     if job.variant == "trl-packed":
         tuned |= {
             "packing": True,
