@@ -134,7 +134,7 @@ OTHER_NAMES: dict[str, str] = {
     "cosine_min_lr_ratio": "no: the schedules end at zero",
     "min_lr": "no: the schedules end at zero",
     "warmup": "train.warmup_ratio; or `train.warmup_steps`",
-    "optim": "train.optimizer; AdamW, fused, with 32-bit state",
+    "optim": "train.optimizer; adamw, adamw_8bit, paged_adamw, lion, sgd or adafactor",
     "optim_args": "no: see `train.adam_beta1`, `train.adam_beta2` and `train.adam_epsilon`",
     "betas": "train.adam_beta1; and `train.adam_beta2`",
     "eps": "train.adam_epsilon",

@@ -135,6 +135,15 @@ class QuantConfig(Block):
         return value
 
 
+# Settings that only some optimizers read.
+READ_BY = {
+    "adam_beta1": ("adamw", "adamw_8bit", "paged_adamw", "lion"),
+    "adam_beta2": ("adamw", "adamw_8bit", "paged_adamw", "lion"),
+    "adam_epsilon": ("adamw", "adamw_8bit", "paged_adamw"),
+    "momentum": ("sgd",),
+}
+
+
 class TrainConfig(Block):
     epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(
@@ -159,11 +168,17 @@ class TrainConfig(Block):
     warmup_steps: int | None = Field(
         None, ge=0, examples=[10], description="Steps spent warming up, instead of a share."
     )
-    optimizer: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "lion", "sgd", "adafactor"] = Field(
+        "adamw",
+        description="The optimizer; adamw_8bit has a quarter of its state, paged_adamw is for CUDA.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (arXiv 1711.05101).")
-    adam_beta1: Fraction = Field(0.9, description="Decay of AdamW's first moment.")
-    adam_beta2: Fraction = Field(0.999, description="Decay of AdamW's second moment.")
+    adam_beta1: Fraction = Field(0.9, description="Decay of the first moment (AdamW, Lion).")
+    adam_beta2: Fraction = Field(
+        0.999, description="Decay of AdamW's second moment, and of what Lion keeps; 0.99 there."
+    )
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's term against division by zero.")
+    momentum: Fraction = Field(0.9, description="SGD's momentum.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm; 0 does not clip.")
     label_smoothing: Fraction = Field(0.0, description="Share of the target spread over the vocabulary.")
     early_stopping_patience: int | None = Field(
@@ -183,6 +198,20 @@ class TrainConfig(Block):
         None, ge=1, examples=[2], description="CPU threads; all available if not given."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seeds order, initial adapter and dropout.")
+
+    @model_validator(mode="after")
+    def _read_by_the_optimizer(self) -> TrainConfig:
+        """A setting that the chosen optimizer does not read is an error unless it is as it comes."""
+        for name, readers in READ_BY.items():
+            if (
+                self.optimizer not in readers
+                and getattr(self, name) != type(self).model_fields[name].default
+            ):
+                raise ValueError(
+                    f"`train.{name}` is not read by the optimizer {self.optimizer} (it is by: "
+                    f"{', '.join(readers)})"
+                )
+        return self
 
 
 class EvaluateConfig(Block):

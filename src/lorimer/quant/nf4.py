@@ -26,16 +26,17 @@ def table(kind: str) -> Tensor:
 
 
 @cache
-def dynamic_table() -> Tensor:
+def dynamic_table(*, signed: bool = True) -> Tensor:
     """The 256 values of the 8-bit dynamic type (arXiv 2110.02861, section 1.3), ascending, float32.
 
-    Seven decades of magnitudes; each larger one has twice as many values of either sign.
+    Seven decades of magnitudes; each larger one has twice as many values, of either sign or, without
+    signs, of one.
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
         means = (edges[:-1] + edges[1:]) / 2
-        for sign in (1, -1):
+        for sign in (1, -1) if signed else (1,):
             values += (sign * 10 ** (decade - 6) * means).tolist()
     return torch.tensor(sorted(values))
 

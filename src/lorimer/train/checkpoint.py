@@ -1,7 +1,7 @@
 """The state of a run at the end of a step, whole or not at all.
 
     adapter_model.safetensors, adapter_config.json, lorimer.json   the adapter, a PEFT folder
-    optimizer.safetensors                                          both moments, step counts
+    optimizer.safetensors                                          its state and count of steps
     state.json                                                     step, best, patience, hashes
     manifest.json                                                  sizes and sha256, written last
 
@@ -23,7 +23,7 @@ from lorimer.lora.adapter import WEIGHTS
 from lorimer.lora.layers import Adapter
 from lorimer.run import RunFolder
 from lorimer.storage import verify_folder, write_folder
-from lorimer.train.optimizer import AdamW
+from lorimer.train.optimizer import Optimizer
 
 FORMAT = 1
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -47,7 +47,7 @@ class Progress:
 def save_checkpoint(
     run: RunFolder,
     progress: Progress,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     fill_adapter: Callable[[Path], None],
     *,
     keep: int,
@@ -97,7 +97,7 @@ def read_progress(path: Path) -> Progress:
     return Progress(**state)
 
 
-def restore(path: Path, adapter: Adapter, optimizer: AdamW) -> None:
+def restore(path: Path, adapter: Adapter, optimizer: Optimizer) -> None:
     """Put a verified checkpoint's parameters and optimizer state in place."""
     import torch
 

@@ -50,7 +50,7 @@ from lorimer.run import RunFolder, create_run, find_run
 from lorimer.storage import check_writable, write_file
 from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
 from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
-from lorimer.train.optimizer import AdamW
+from lorimer.train.optimizer import make_optimizer
 from lorimer.train.profile import VIEWERS, Profile, table_text
 from lorimer.train.schedule import learning_rate, warmup_steps
 from lorimer.train.step import StepResult, train_step
@@ -211,7 +211,7 @@ class Session:
         self.model = Model(self.base, decoder, tokenizer, config.base)
         self.model.template = self.template
         self._put_adapter()
-        self.optimizer = AdamW(self.adapter, config.train)
+        self.optimizer = make_optimizer(self.adapter, config.train)
         self.stream = StepStream(
             rows=len(self.data.train),
             batch_size=config.train.batch_size,

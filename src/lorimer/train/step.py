@@ -14,7 +14,7 @@ from lorimer.kernels import trace
 from lorimer.lora.layers import LoraDropout
 from lorimer.model.decoder import Decoder
 from lorimer.model.loss import pack_loss
-from lorimer.train.optimizer import AdamW
+from lorimer.train.optimizer import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class StepResult:
 
 def train_step(
     decoder: Decoder,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     packs: Sequence[Pack],
     *,
     step: int,
