@@ -290,7 +290,7 @@ def test_all_problems_are_told_at_once_in_order_of_lines(here: Path) -> None:
         ("assistant_only_loss: true", "`data.train_on`"),
         ("neftune_noise_alpha: 5", "NEFTune is not offered"),
         ("label_smoothing_factor: 0.1", "`train.label_smoothing`"),
-        ("gradient_checkpointing: true", "Leave it out"),
+        ("gradient_checkpointing: true", "`train.recompute`"),
         ("report_to: wandb", "`output.trackers`"),
         ("save_steps: 5", "`output.save_every`"),
         ("eval_steps: 5", "`train.eval_every`"),

@@ -160,6 +160,12 @@ class TrainConfig(Block):
         description="Most tokens computed at once; a step is split to fit, with the same gradient. "
         "Chosen from the memory there is if not given.",
     )
+    recompute: Literal["auto", "none", "mlp", "layers", "offload"] = Field(
+        "auto",
+        description="What the backward computes again to save memory: nothing, gate and up, whole "
+        "layers, or layers whose inputs leave for the host or a file. auto takes the first that fits. "
+        "The gradients are the same.",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."

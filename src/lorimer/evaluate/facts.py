@@ -39,6 +39,8 @@ def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     others = [f"{info[f'{name}_rows']:,} {name}" for name in ("valid", "test") if info[f"{name}_rows"]]
     rows = counted(info["rows"], "row") + (f" (and {', '.join(others)})" if others else "")
     threads = f", {counted(info['threads'], 'thread')}" if info["device"] == "cpu" else ""
+    rung = info.get("recompute", "none")
+    again = "" if rung == "none" else f", recompute {rung}"
     steps = f"{counted(info['steps'], 'step')} of {counted(info['batch_size'], 'row')}"
     if info["first_step"]:
         steps += f", from step {info['first_step'] + 1}"
@@ -54,7 +56,8 @@ def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "machine",
-            f"{info['device']}, {info['dtype']}{threads}, {info['micro_batch_tokens']:,} tokens at once",
+            f"{info['device']}, {info['dtype']}{threads}, {info['micro_batch_tokens']:,} tokens at once"
+            + again,
         ),
         ("method", f"LoRA r={info['r']} alpha={info['alpha']:g}: {info['targets']}"),
         ("", info["trainable"]),

@@ -10,6 +10,7 @@ M trained positions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -77,6 +78,7 @@ class Gate:
 
 
 Before = Norm | Gate | None
+Again = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +124,25 @@ class _Project(torch.autograd.Function):
         linear: Linear,
         before: Before,
         dropout: Dropout | None,
+        again: Again | None,
         norm_weight: Tensor | None,
         bias_O: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
         output, rstd, down = _project(input_TI, residual_TO, linear, before, dropout)
         ctx.linear, ctx.before, ctx.dropout, ctx.factors = linear, before, dropout, factors
-        ctx.save_for_backward(input_TI, rstd, down)
+        ctx.again = again
+        ctx.save_for_backward(None if again else input_TI, rstd, down)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Any, ...]:
         linear, before, low_rank = ctx.linear, ctx.before, ctx.linear.low_rank
         input_TI, rstd, down = ctx.saved_tensors
+        if ctx.again is not None:
+            input_TI = ctx.again()
         need_input, need_residual = ctx.needs_input_grad[:2]
-        need_norm, need_bias = ctx.needs_input_grad[5:7]
+        need_norm, need_bias = ctx.needs_input_grad[6:8]
         kernels = _pointwise(input_TI)
         grad_down = products.down_grad(grad_TO, low_rank) if low_rank is not None else None
         grad_input = grad_norm = states = None
@@ -162,6 +168,7 @@ class _Project(torch.autograd.Function):
         return (
             grad_input if need_input else None,
             grad_TO if need_residual else None,
+            None,
             None,
             None,
             None,
@@ -207,16 +214,18 @@ def project(
     norm_parameter: Tensor | None = None,
     bias_parameter: Tensor | None = None,
     factors: tuple[Tensor, ...] = (),
+    again: Again | None = None,
 ) -> Tensor:
     """One input through all linear layers that share it, their LoRA included: [T, O].
 
     `factors` are the float32 parameters that gradients go to: the stacked A, then each B.
-    `norm_parameter` and `bias_parameter` are given only when those are trained.
+    `norm_parameter` and `bias_parameter` are given only when those are trained. With `again` the input is
+    not kept for the backward, which makes it anew.
     """
     if not torch.is_grad_enabled():
         return _project(input_TI, residual_TO, linear, before, dropout)[0]
     result: Tensor = _Project.apply(  # type: ignore[no-untyped-call]
-        input_TI, residual_TO, linear, before, dropout, norm_parameter, bias_parameter, *factors
+        input_TI, residual_TO, linear, before, dropout, again, norm_parameter, bias_parameter, *factors
     )
     return result
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lorimer.kernels import dispatch, products
 from lorimer.kernels.dispatch import Before, Dropout, Gate, Heads, Linear, Norm, Turn
 from lorimer.model.attention import PackRows, attend, attend_cache
 from lorimer.model.cache import KVCache
+from lorimer.model.recompute import kept_elsewhere, layer_again
 from lorimer.model.rope import RopeTables
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.linear import FrozenLinear
@@ -63,7 +65,9 @@ class Projections:
         residual_TO: Tensor | None,
         adapted: bool,
         dropouts: Dropouts | None,
+        again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
+        """`again` makes the input once more in the backward, which then keeps nothing of it."""
         chosen = self.adapted if adapted and self.adapted else Adapted(self.linear)
         drop = (
             dropouts(self.number, self.inputs, len(input_TI))
@@ -81,6 +85,7 @@ class Projections:
             norm_parameter=before.trained if isinstance(before, NormSlot) and adapted else None,
             bias_parameter=torch.cat(chosen.biases) if chosen.biases else None,
             factors=chosen.factors,
+            again=again,
         )
 
 
@@ -143,6 +148,7 @@ class Decoder:
     dtype: torch.dtype
     device: torch.device
     adapted: bool = True
+    recompute: str = "none"  # a rung of recompute.py
     _gate: Gate = field(default_factory=Gate)
     _heads: Heads = field(init=False)
 
@@ -172,7 +178,11 @@ class Decoder:
         turn = Turn(*self.rope.for_rows(lengths, prefix))
         rows = PackRows(lengths, prefix, self.device)
         hidden_TH = self.embed(ids_T)
-        for number, layer in enumerate(self.layers):
+        last = len(self.layers) - 1
+        prunes = only_M is not None and dropouts is None
+
+        def run(number: int, hidden_TH: Tensor) -> Tensor:
+            layer = self.layers[number]
             stacked = self._query_key_value(layer, hidden_TH, dropouts)
             mixed, stacked = self._attend(layer, stacked, turn, rows)
             if cache is not None:
@@ -181,14 +191,20 @@ class Decoder:
                 for row, length in zip(cache_rows, lengths, strict=True):
                     cache.store_row(number, row, key[start : start + length], value[start : start + length])
                     start += length
-            if only_M is not None and number + 1 == len(self.layers) and dropouts is None:
+            if number == last and only_M is not None and prunes:
                 hidden_TH, mixed = hidden_TH.index_select(0, only_M), mixed.index_select(0, only_M)
-                only_M = None
-            hidden_TH = self._finish_layer(layer, hidden_TH, mixed, dropouts)
+            return self._finish_layer(layer, hidden_TH, mixed, dropouts)
+
+        again = self.recompute in ("layers", "offload") and torch.is_grad_enabled()
+        with kept_elsewhere(self.recompute, self.device):
+            for number in range(last):
+                hidden_TH = layer_again(run, number, hidden_TH) if again else run(number, hidden_TH)
+            # What the last layer keeps is used at once.
+            hidden_TH = run(last, hidden_TH)
         if cache is not None:
             for row, length in zip(cache_rows, lengths, strict=True):
                 cache.lengths[row] = length
-        return hidden_TH if only_M is None else hidden_TH.index_select(0, only_M)
+        return hidden_TH if only_M is None or prunes else hidden_TH.index_select(0, only_M)
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache) -> Tensor:
         """Hidden states [B, H] of one more token for each row of the cache; they last until the next.
@@ -292,9 +308,20 @@ class Decoder:
         hidden_TH = layer.output(
             mixed_TA, before=None, residual_TO=hidden_TH, adapted=self.adapted, dropouts=dropouts
         )
-        stacked = layer.gate_up(
-            hidden_TH, before=layer.mlp_norm, residual_TO=None, adapted=self.adapted, dropouts=dropouts
-        )
+
+        def gate_up(hidden_TH: Tensor) -> Tensor:
+            return layer.gate_up(
+                hidden_TH, before=layer.mlp_norm, residual_TO=None, adapted=self.adapted, dropouts=dropouts
+            )
+
+        again = None
+        if self.recompute == "mlp" and torch.is_grad_enabled():
+            again = partial(gate_up, hidden_TH.detach())
         return layer.down(
-            stacked, before=self._gate, residual_TO=hidden_TH, adapted=self.adapted, dropouts=dropouts
+            gate_up(hidden_TH),
+            before=self._gate,
+            residual_TO=hidden_TH,
+            adapted=self.adapted,
+            dropouts=dropouts,
+            again=again,
         )

@@ -58,6 +58,9 @@ from lorimer.train.trackers import Trackers, open_trackers
 
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
 MICRO_BATCH_TOKENS = 2048
+# Below so many tokens at once, products no longer use the machine, and computing more again is cheaper.
+BUSY_TOKENS = 512
+RUNGS = ("none", "mlp", "layers")  # that `auto` goes through
 
 
 @dataclass(slots=True)
@@ -135,6 +138,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.early_stopping_patience",
     "train.micro_batch_tokens",
+    "train.recompute",
     "train.threads",
     "output",
     "evaluate",
@@ -220,7 +224,7 @@ class Session:
             seed=config.train.seed,
             shuffle=config.data.shuffle,
         )
-        self.micro_batch_tokens = config.train.micro_batch_tokens or self._choose_micro_batch()
+        decoder.recompute, self.micro_batch_tokens = self._choose_memory()
         rate = self.adapter.spec.dropout
         self.dropout = LoraDropout(rate, config.train.seed, *self.place[::-1]) if rate else None
         self.progress = Progress(data_hash=self.data.train_hash(), base_fingerprint=self.base.fingerprint())
@@ -296,22 +300,33 @@ class Session:
             self.data.notes.append("the rows' common prefix is not shared, because `lora.dropout` is on")
         return self.dropout is None
 
-    def _choose_micro_batch(self) -> int:
-        """As many tokens at once as half of the free memory holds, up to MICRO_BATCH_TOKENS.
-
-        A token keeps, in each layer, its two norm inputs, query, key, value and attention output
-        (twice: rotated, and laid out for attention), and the stacked gate and up; see kernels.
-        """
-        spec = self.model.spec
-        size = 2 if self.place.dtype == torch.bfloat16 else 4
-        kept = 2 * spec.hidden_size + 3 * sum(spec.qkv_rows) + 2 * spec.intermediate_size
-        per_token = spec.layers * kept * size
+    def _choose_memory(self) -> tuple[str, int]:
+        """The rung of the memory ladder, and how many tokens are computed at once: as many as half of the
+        free memory holds, up to MICRO_BATCH_TOKENS, on the first rung that holds the longest row and
+        enough tokens to keep the machine busy."""
+        train = self.config.train
         if self.place.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.place.device)[0]
         else:
             free = memory().available
         longest = max(len(example.ids) for example in self.data.train)
-        return max(longest, min(MICRO_BATCH_TOKENS, int(free * 0.5) // per_token))
+        wanted = max(longest, train.micro_batch_tokens or BUSY_TOKENS)
+        rungs = RUNGS if train.recompute == "auto" else (train.recompute,)
+        for rung in rungs:
+            fits = int(free * 0.5) // self._kept_bytes(rung)
+            if fits >= wanted:
+                break
+        return rung, train.micro_batch_tokens or max(longest, min(MICRO_BATCH_TOKENS, fits))
+
+    def _kept_bytes(self, rung: str) -> int:
+        """What a token keeps on this rung: in each layer its two norm inputs, query, key, value and
+        attention output (twice: rotated, and laid out for attention), and the stacked gate and up."""
+        spec = self.model.spec
+        inner = 0 if rung == "mlp" else 2 * spec.intermediate_size
+        kept = 2 * spec.hidden_size + 3 * sum(spec.qkv_rows) + inner
+        if rung in ("layers", "offload"):
+            return self.place.dtype.itemsize * (spec.layers * spec.hidden_size + kept)
+        return self.place.dtype.itemsize * spec.layers * kept
 
     def restore_if_any(self, *, resuming: bool) -> None:
         """Go on from the newest whole checkpoint, or begin."""
@@ -369,6 +384,7 @@ class Session:
             "first_step": self.progress.step,
             "batch_size": config.train.batch_size,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "recompute": self.model.decoder.recompute,
             "epochs": config.train.epochs,
             "learning_rate": config.train.learning_rate,
             "lr_scheduler": config.train.lr_scheduler,
