@@ -40,15 +40,115 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-// A float16 from memory. The product is exact: it only moves the exponent.
+// A float16 from memory, exactly.
 inline float half_at(const uint8_t* at) {
   const uint32_t bits = at[0] | static_cast<uint32_t>(at[1]) << 8;
+#if defined(__AVX512F__)
+  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(static_cast<int>(bits)))));
+#else
   const uint32_t sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
   if ((bits & 0x7c00u) == 0x7c00u) return float_of(sign | 0x7f800000u | rest);
   return float_of(sign | 0x77800000u) * float_of(rest);
+#endif
 }
 
 // --- four bits ------------------------------------------------------------------------------------
+
+// What the sixteen codes stand for under one scale, rounded to T: looked up for 32 numbers at a time, of
+// which the even ones lie in the high halves of bytes.
+template <class T>
+struct Values {
+  T each[16];
+  Values(const float* codes, float scale) {
+    for (int i = 0; i < 16; i += WIDTH) store(each + i, mul(load(codes + i), set(scale)));
+  }
+  void look_up(const uint8_t* bytes, T* out) const {
+    for (int i = 0; i < 16; ++i) {
+      out[2 * i] = each[bytes[i] >> 4];
+      out[2 * i + 1] = each[bytes[i] & 15];
+    }
+  }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct Values<float> {
+  __m512 each;
+  Values(const float* codes, float scale) : each(mul(load(codes), set(scale))) {}
+  void look_up(const uint8_t* bytes, float* out) const {
+    const __m512i word = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(word, 4), each);
+    const __m512 odd = _mm512_permutexvar_ps(word, each);  // by the lowest four bits
+    const __m512 low = _mm512_unpacklo_ps(even, odd), high = _mm512_unpackhi_ps(even, odd);
+    const __m512i order = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i later = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512d left = _mm512_castps_pd(low), right = _mm512_castps_pd(high);
+    _mm512_storeu_ps(out, _mm512_castpd_ps(_mm512_permutex2var_pd(left, order, right)));
+    _mm512_storeu_ps(out + 16, _mm512_castpd_ps(_mm512_permutex2var_pd(left, later, right)));
+  }
+};
+
+template <>
+struct Values<bf16> {
+  __m512i each;  // twice, so that the fifth bit of a code does not matter
+  Values(const float* codes, float scale)
+      : each(_mm512_broadcast_i64x4(narrow_vector(mul(load(codes), set(scale))))) {}
+  void look_up(const uint8_t* bytes, bf16* out) const {
+    const __m512i word = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512i pair = _mm512_or_si512(_mm512_srli_epi32(word, 4), _mm512_slli_epi32(word, 16));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(pair, each));
+  }
+};
+#elif defined(__AVX2__)
+// The codes of 16 bytes in order.
+inline void unpack_codes(const uint8_t* bytes, __m128i* first_codes, __m128i* last_codes) {
+  const __m128i whole = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), low_half = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(whole, 4), low_half), odd = _mm_and_si128(whole, low_half);
+  *first_codes = _mm_unpacklo_epi8(even, odd);
+  *last_codes = _mm_unpackhi_epi8(even, odd);
+}
+
+template <>
+struct Values<float> {
+  __m256 lower, upper;
+  Values(const float* codes, float scale)
+      : lower(mul(load(codes), set(scale))), upper(mul(load(codes + 8), set(scale))) {}
+  void eight(__m128i codes, float* out) const {
+    const __m256i words = _mm256_cvtepu8_epi32(codes);
+    store(out, _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, words), _mm256_permutevar8x32_ps(upper, words),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(words, 28))));
+  }
+  void look_up(const uint8_t* bytes, float* out) const {
+    __m128i codes[2];
+    unpack_codes(bytes, codes, codes + 1);
+    for (int i = 0; i < 2; ++i) {
+      eight(codes[i], out + 16 * i);
+      eight(_mm_srli_si128(codes[i], 8), out + 16 * i + 8);
+    }
+  }
+};
+
+template <>
+struct Values<bf16> {
+  __m128i lower, upper;  // the bytes of each
+  Values(const float* codes, float scale) {
+    const __m128i low = narrow_vector(mul(load(codes), set(scale)));
+    const __m128i high = narrow_vector(mul(load(codes + 8), set(scale)));
+    const __m128i byte = _mm_set1_epi16(255);
+    lower = _mm_packus_epi16(_mm_and_si128(low, byte), _mm_and_si128(high, byte));
+    upper = _mm_packus_epi16(_mm_srli_epi16(low, 8), _mm_srli_epi16(high, 8));
+  }
+  void look_up(const uint8_t* bytes, bf16* out) const {
+    __m128i codes[2];
+    unpack_codes(bytes, codes, codes + 1);
+    for (int i = 0; i < 2; ++i) {
+      const __m128i low = _mm_shuffle_epi8(lower, codes[i]), high = _mm_shuffle_epi8(upper, codes[i]);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm_unpacklo_epi8(low, high));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i + 8), _mm_unpackhi_epi8(low, high));
+    }
+  }
+};
+#endif
 
 inline float scale_of(const Part& part, int64_t block) {
   if (!part.nested_table) return static_cast<const float*>(part.absmax)[block];
@@ -56,59 +156,58 @@ inline float scale_of(const Part& part, int64_t block) {
   return part.nested_table[code] * part.nested_scale[block / 256] + float_of(static_cast<uint32_t>(part.offset_bits));
 }
 
-// `count` codes from number `at` on, of which the even ones lie in the high halves of bytes.
-inline void decode_codes(const Part& part, int64_t at, int64_t count, float scale, float* out) {
-  const float* codes = part.codes;
-  int64_t i = 0;
-  if (at % 2 && count) out[i++] = codes[part.data[at / 2] & 15] * scale;
-  const uint8_t* bytes = part.data + (at + i) / 2;
-#if defined(__AVX512F__)
-  const __m512 table = _mm512_loadu_ps(codes), factor = _mm512_set1_ps(scale);
-  const __m128i low_half = _mm_set1_epi8(15);
-  for (; i + 16 <= count; i += 16, bytes += 8) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(eight, 4), low_half);
-    const __m128i both = _mm_unpacklo_epi8(high, _mm_and_si128(eight, low_half));
-    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(both), table), factor));
-  }
-#elif defined(__AVX2__)
-  const __m256 lower = _mm256_loadu_ps(codes), upper = _mm256_loadu_ps(codes + 8), factor = _mm256_set1_ps(scale);
-  const __m128i low_half = _mm_set1_epi8(15);
-  for (; i + 8 <= count; i += 8, bytes += 4) {
-    int32_t word;
-    std::memcpy(&word, bytes, 4);
-    const __m128i four = _mm_cvtsi32_si128(word);
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(four, 4), low_half);
-    const __m256i both = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(high, _mm_and_si128(four, low_half)));
-    const __m256 chosen =
-        _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, both), _mm256_permutevar8x32_ps(upper, both),
-                         _mm256_castsi256_ps(_mm256_slli_epi32(both, 28)));
-    _mm256_storeu_ps(out + i, _mm256_mul_ps(chosen, factor));
-  }
-#endif
-  for (; i + 2 <= count; i += 2, ++bytes) {
-    out[i] = codes[*bytes >> 4] * scale;
-    out[i + 1] = codes[*bytes & 15] * scale;
-  }
-  if (i < count) out[i] = codes[*bytes >> 4] * scale;
+// Fewer than 32 numbers, of which the first may lie in a byte's low half.
+template <class T>
+inline void look_up_some(const Values<T>& values, const uint8_t* bytes, int64_t skipped, int64_t count, T* out) {
+  uint8_t some[16] = {};
+  T whole[32];
+  std::memcpy(some, bytes, static_cast<size_t>(skipped + count + 1) / 2);
+  values.look_up(some, whole);
+  std::memcpy(out, whole + skipped, static_cast<size_t>(count) * sizeof(T));
 }
 
-inline void decode_four_bits(const Part& part, int64_t row, int64_t from, int64_t count, float* out) {
-  for (int64_t at = row * part.columns + from, end = at + count; at < end;) {
-    const int64_t block = at / part.block_size;
-    const int64_t here = smaller(end, (block + 1) * part.block_size) - at;
-    decode_codes(part, at, here, scale_of(part, block), out);
-    at += here;
-    out += here;
+template <class T>
+inline void decode_four_bits(const Part& part, int64_t row, int64_t from, int64_t count, T* out) {
+  int64_t at = row * part.columns + from, block = at / part.block_size;
+  for (const int64_t end = at + count; at < end; ++block) {
+    const Values<T> values(part.codes, scale_of(part, block));
+    const int64_t last = smaller(end, (block + 1) * part.block_size);
+    if (at % 2) {
+      look_up_some(values, part.data + at / 2, 1, 1, out++);
+      ++at;
+    }
+    for (; at + 32 <= last; at += 32, out += 32) values.look_up(part.data + at / 2, out);
+    if (at >= last) continue;
+    look_up_some(values, part.data + at / 2, 0, last - at, out);
+    out += last - at;
+    at = last;
   }
 }
 
 // --- eight bits -----------------------------------------------------------------------------------
 
-inline void decode_int8(const Part& part, int64_t row, int64_t from, int64_t count, float* out) {
+// WIDTH signed bytes.
+inline Vector load_bytes(const int8_t* at) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+#else
+  return Vector{static_cast<float>(at[0]), static_cast<float>(at[1]), static_cast<float>(at[2]), static_cast<float>(at[3])};
+#endif
+}
+
+template <class T>
+inline void decode_int8(const Part& part, int64_t row, int64_t from, int64_t count, T* out) {
   const int8_t* codes = reinterpret_cast<const int8_t*>(part.data) + row * part.columns + from;
-  const float scale = part.row_scale[row];
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i]) * scale;
+  const Vector scale = set(part.row_scale[row]);
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(out + i, mul(load_bytes(codes + i), scale));
+  if (i < count) {
+    int8_t some[WIDTH] = {};
+    std::memcpy(some, codes + i, static_cast<size_t>(count - i));
+    store_some(out + i, mul(load_bytes(some), scale), count - i);
+  }
   int64_t low = 0, high = part.outlier_count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -117,8 +216,8 @@ inline void decode_int8(const Part& part, int64_t row, int64_t from, int64_t cou
   }
   for (; low < part.outlier_count && part.outlier_columns[low] < from + count; ++low) {
     const int64_t at = row * part.outlier_count + low;
-    out[part.outlier_columns[low] - from] = part.outliers_narrow ? widen(static_cast<const bf16*>(part.outliers)[at])
-                                                                 : static_cast<const float*>(part.outliers)[at];
+    put(out + part.outlier_columns[low] - from, part.outliers_narrow ? widen(static_cast<const bf16*>(part.outliers)[at])
+                                                                     : static_cast<const float*>(part.outliers)[at]);
   }
 }
 
@@ -128,81 +227,110 @@ struct BlockSize {
   int64_t bytes, numbers;
 };
 
-inline BlockSize block_of(int64_t kind) {
-  static const BlockSize sizes[] = {{18, 32}, {20, 32}, {22, 32}, {24, 32}, {34, 32}, {144, 256}, {176, 256}, {210, 256}};
-  return sizes[kind - Q4_0];
+constexpr BlockSize SIZES[] = {{18, 32}, {20, 32}, {22, 32}, {24, 32}, {34, 32}, {144, 256}, {176, 256}, {210, 256}};
+
+// Sixteen bytes at once, on any processor.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+inline Bytes bytes_at(const uint8_t* at) {
+  Bytes bytes;
+  std::memcpy(&bytes, at, 16);
+  return bytes;
 }
 
-// x = d (q - middle) + m for 32 numbers, with a fifth bit each where `fifth` is not zero.
-inline void decode_32(const uint8_t* bytes, uint32_t fifth, float middle, float d, bool with_m, float m, float* out) {
-  for (int j = 0; j < 16; ++j) {
-    const uint32_t low = (bytes[j] & 15u) | ((fifth >> j) & 1u) << 4;
-    const uint32_t high = (bytes[j] >> 4) | ((fifth >> (16 + j)) & 1u) << 4;
-    out[j] = (static_cast<float>(static_cast<int32_t>(low)) - middle) * d;
-    out[16 + j] = (static_cast<float>(static_cast<int32_t>(high)) - middle) * d;
-  }
-  for (int j = 0; with_m && j < 32; ++j) out[j] += m;
+// 16 where all bits of `bit` are set.
+inline Bytes sixteen_where(Bytes bytes, Bytes bit) { return reinterpret_cast<Bytes>((bytes & bit) == bit) & 16; }
+
+// 16 at place j where bit j of two bytes is set.
+inline Bytes fifth_bits(const uint8_t* two) {
+  const uint64_t each = 0x0101010101010101u;
+  const uint64_t spread[2] = {two[0] * each, two[1] * each};
+  return sixteen_where(bytes_at(reinterpret_cast<const uint8_t*>(spread)),
+                       Bytes{1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128});
 }
 
-inline uint32_t word_at(const uint8_t* at) {
-  return at[0] | static_cast<uint32_t>(at[1]) << 8 | static_cast<uint32_t>(at[2]) << 16 | static_cast<uint32_t>(at[3]) << 24;
+// x = q d, for sixteen q that are signed bytes.
+template <class T>
+inline void scaled(Bytes q, float d, T* out) {
+  int8_t codes[16];
+  std::memcpy(codes, &q, 16);
+  for (int i = 0; i < 16; i += WIDTH) store(out + i, mul(load_bytes(codes + i), set(d)));
+}
+
+// x = q d + m, rounded twice.
+template <class T>
+inline void scaled(Bytes q, float d, float m, T* out) {
+  int8_t codes[16];
+  std::memcpy(codes, &q, 16);
+  for (int i = 0; i < 16; i += WIDTH) store(out + i, add(mul(load_bytes(codes + i), set(d)), set(m)));
 }
 
 // Group g of eight of Q4_K and Q5_K; `fifth` has 32 bytes, bit g for group g, or is null.
-inline void decode_group(const uint8_t* block, const uint8_t* fifth, const uint8_t* bytes, int g, float* out) {
+template <class T>
+inline void decode_k(const uint8_t* block, const uint8_t* fifth, const uint8_t* bytes, int g, T* out) {
   const uint8_t* packed = block + 4;
   const int i = g % 4;
   const int s = g < 4 ? packed[i] & 63 : (packed[8 + i] & 15) | (packed[i] >> 6) << 4;
   const int m = g < 4 ? packed[4 + i] & 63 : packed[8 + i] >> 4 | (packed[4 + i] >> 6) << 4;
   const float scale = half_at(block) * static_cast<float>(s), minimum = half_at(block + 2) * static_cast<float>(m);
-  const uint8_t* here = bytes + g / 2 * 32;
-  const int shift = g % 2 * 4;
-  for (int j = 0; j < 32; ++j) {
-    int32_t q = (here[j] >> shift) & 15;
-    if (fifth) q |= ((fifth[j] >> g) & 1) << 4;
-    out[j] = static_cast<float>(q) * scale - minimum;
+  const Bytes bit = Bytes{} + static_cast<uint8_t>(1 << g);
+  for (int j = 0; j < 32; j += 16) {
+    const Bytes both = bytes_at(bytes + g / 2 * 32 + j);
+    Bytes q = g % 2 ? both >> 4 : both & 15;
+    if (fifth) q |= sixteen_where(bytes_at(fifth + j), bit);
+    scaled(q, scale, -minimum, out + j);
   }
 }
 
-inline void decode_q6_k(const uint8_t* block, int g, float* out) {
+template <class T>
+inline void decode_q6_k(const uint8_t* block, int g, T* out) {
   const int half = g / 4, quarter = g % 4;
-  const uint8_t* low = block + half * 64 + quarter % 2 * 32;
-  const uint8_t* high = block + 128 + half * 32;
-  for (int side = 0; side < 2; ++side) {
-    const float scale = static_cast<float>(static_cast<int8_t>(block[192 + g * 2 + side])) * half_at(block + 208);
-    for (int j = side * 16; j < side * 16 + 16; ++j) {
-      const int32_t q = ((low[j] >> (quarter / 2 * 4)) & 15) | ((high[j] >> (quarter * 2)) & 3) << 4;
-      out[j] = static_cast<float>(q - 32) * scale;
-    }
+  for (int j = 0; j < 32; j += 16) {
+    const Bytes low = bytes_at(block + half * 64 + quarter % 2 * 32 + j), high = bytes_at(block + 128 + half * 32 + j);
+    const Bytes four = quarter < 2 ? low & 15 : low >> 4;
+    const Bytes two = quarter == 0 ? high << 4 : quarter == 1 ? high << 2 : quarter == 2 ? high : high >> 2;
+    const float scale = static_cast<float>(static_cast<int8_t>(block[192 + g * 2 + j / 16])) * half_at(block + 208);
+    scaled((four | (two & 48)) - 32, scale, out + j);
   }
 }
 
 // Numbers 32 g .. 32 g + 31 of a block.
-inline void decode_block(int64_t kind, const uint8_t* block, int g, float* out) {
-  switch (kind) {
-    case Q4_0: return decode_32(block + 2, 0, 8.0f, half_at(block), false, 0.0f, out);
-    case Q4_1: return decode_32(block + 4, 0, 0.0f, half_at(block), true, half_at(block + 2), out);
-    case Q5_0: return decode_32(block + 6, word_at(block + 2), 16.0f, half_at(block), false, 0.0f, out);
-    case Q5_1: return decode_32(block + 8, word_at(block + 4), 0.0f, half_at(block), true, half_at(block + 2), out);
-    case Q4_K: return decode_group(block, nullptr, block + 16, g, out);
-    case Q5_K: return decode_group(block, block + 16, block + 48, g, out);
-    case Q6_K: return decode_q6_k(block, g, out);
-    default: break;
-  }
+template <int64_t KIND, class T>
+inline void decode_group(const uint8_t* block, int g, T* out) {
+  if (KIND == Q4_K) return decode_k(block, nullptr, block + 16, g, out);
+  if (KIND == Q5_K) return decode_k(block, block + 16, block + 48, g, out);
+  if (KIND == Q6_K) return decode_q6_k(block, g, out);
   const float d = half_at(block);
-  for (int j = 0; j < 32; ++j) out[j] = static_cast<float>(static_cast<int8_t>(block[2 + j])) * d;
+  if (KIND == Q8_0) {
+    scaled(bytes_at(block + 2), d, out);
+    return scaled(bytes_at(block + 18), d, out + 16);
+  }
+  const bool five = KIND == Q5_0 || KIND == Q5_1, shifted = KIND == Q4_1 || KIND == Q5_1;
+  const uint8_t* fifth = block + (shifted ? 4 : 2);
+  const Bytes both = bytes_at(fifth + (five ? 4 : 0));
+  Bytes low = both & 15, high = both >> 4;
+  if (five) low |= fifth_bits(fifth), high |= fifth_bits(fifth + 2);
+  if (shifted) {
+    const float m = half_at(block + 2);
+    scaled(low, d, m, out);
+    return scaled(high, d, m, out + 16);
+  }
+  constexpr uint8_t MIDDLE = KIND == Q5_0 ? 16 : 8;
+  scaled(low - MIDDLE, d, out);
+  scaled(high - MIDDLE, d, out + 16);
 }
 
-inline void decode_blocks(const Part& part, int64_t row, int64_t from, int64_t count, float* out) {
-  const BlockSize size = block_of(part.kind);
-  const uint8_t* blocks = part.data + row * (part.columns / size.numbers) * size.bytes;
-  float whole[32];
+template <int64_t KIND, class T>
+inline void decode_blocks(const Part& part, int64_t row, int64_t from, int64_t count, T* out) {
+  constexpr BlockSize SIZE = SIZES[KIND - Q4_0];
+  const uint8_t* blocks = part.data + row * (part.columns / SIZE.numbers) * SIZE.bytes;
+  T whole[32];
   for (int64_t at = from, end = from + count; at < end;) {
-    const int64_t block = at / size.numbers, group = at % size.numbers / 32, skipped = at % 32;
+    const int64_t block = at / SIZE.numbers, group = at % SIZE.numbers / 32, skipped = at % 32;
     const int64_t here = smaller<int64_t>(32 - skipped, end - at);
-    float* to = here == 32 ? out : whole;
-    decode_block(part.kind, blocks + block * size.bytes, static_cast<int>(group), to);
-    if (to != out) std::memcpy(out, whole + skipped, static_cast<size_t>(here) * 4);
+    T* to = here == 32 ? out : whole;
+    decode_group<KIND>(blocks + block * SIZE.bytes, static_cast<int>(group), to);
+    if (to != out) std::memcpy(out, whole + skipped, static_cast<size_t>(here) * sizeof(T));
     at += here;
     out += here;
   }
@@ -210,19 +338,19 @@ inline void decode_blocks(const Part& part, int64_t row, int64_t from, int64_t c
 
 // --- any kind -------------------------------------------------------------------------------------
 
-inline void decode(const Part& part, int64_t row, int64_t from, int64_t count, float* out) {
-  if (part.kind == FOUR_BITS) decode_four_bits(part, row, from, count, out);
-  else if (part.kind == INT8) decode_int8(part, row, from, count, out);
-  else decode_blocks(part, row, from, count, out);
-}
-
-inline void decode(const Part& part, int64_t row, int64_t from, int64_t count, bf16* out) {
-  constexpr int64_t STEP = 1024;  // whole blocks of all kinds, if `from` begins one
-  float floats[STEP];
-  for (int64_t done = 0; done < count; done += STEP) {
-    const int64_t here = smaller(STEP, count - done);
-    decode(part, row, from + done, here, floats);
-    for (int64_t i = 0; i < here; i += WIDTH) store_upto(out + done + i, load_upto(floats + i, here - i), here - i);
+template <class T>
+inline void decode(const Part& part, int64_t row, int64_t from, int64_t count, T* out) {
+  switch (part.kind) {
+    case FOUR_BITS: return decode_four_bits(part, row, from, count, out);
+    case INT8: return decode_int8(part, row, from, count, out);
+    case Q4_0: return decode_blocks<Q4_0>(part, row, from, count, out);
+    case Q4_1: return decode_blocks<Q4_1>(part, row, from, count, out);
+    case Q5_0: return decode_blocks<Q5_0>(part, row, from, count, out);
+    case Q5_1: return decode_blocks<Q5_1>(part, row, from, count, out);
+    case Q8_0: return decode_blocks<Q8_0>(part, row, from, count, out);
+    case Q4_K: return decode_blocks<Q4_K>(part, row, from, count, out);
+    case Q5_K: return decode_blocks<Q5_K>(part, row, from, count, out);
+    default: return decode_blocks<Q6_K>(part, row, from, count, out);
   }
 }
 
