@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,29 +13,16 @@ from torch import Tensor
 
 from lorimer.errors import UserError
 from lorimer.kernels import trace
+from lorimer.kernels.codes import BLOCKS
 from lorimer.kernels.native import library, quantised
 from lorimer.kernels.native import matmul as dense
-from lorimer.kernels.native.quantised import BLOCKS, CODES
-from lorimer.quant import gguf_blocks
+from lorimer.kernels.tape import Tape
+from lorimer.quant import nf4, storage
+from lorimer.quant.part import Part
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TYPES = [FP32, BF16]
 KINDS = ["nf4", "fp4", "nf4 double", "fp4 double", "int8", "int8 outliers", *BLOCKS]
-
-
-@dataclass(frozen=True)
-class Part:
-    kind: str
-    shape: tuple[int, int]
-    data: Tensor
-    block_size: int = 0
-    absmax: Tensor | None = None
-    absmax_table: Tensor | None = None
-    absmax_scale: Tensor | None = None
-    absmax_offset: float = 0.0
-    row_scale: Tensor | None = None
-    outlier_columns: Tensor | None = None
-    outliers: Tensor | None = None
 
 
 @pytest.fixture(params=library.available(), autouse=True)
@@ -115,22 +102,7 @@ def drawn(kind: str, rows: int, columns: int, *, seed: int = 0, block_size: int 
 
 def numbers_of(part: Part) -> Tensor:
     """The numbers in float32, in PyTorch's words: [O, I]."""
-    rows, columns = part.shape
-    if part.kind in BLOCKS:
-        return gguf_blocks.dequantise(part.data.numpy(), part.kind, part.shape)
-    if part.kind == "int8":
-        codes = part.data.view(torch.int8).view(rows, columns).float()
-        numbers = codes * part.row_scale.unsqueeze(1)
-        if part.outliers is not None:
-            numbers[:, part.outlier_columns] = part.outliers.float()
-        return numbers
-    codes = torch.stack([part.data >> 4, part.data & 15], 1).flatten()[: rows * columns].long()
-    absmax = part.absmax
-    if part.absmax_table is not None:
-        scale = part.absmax_scale.repeat_interleave(256)[: len(absmax)]
-        absmax = part.absmax_table[absmax.long()] * scale + part.absmax_offset
-    each = absmax.repeat_interleave(part.block_size)[: rows * columns]
-    return (CODES[part.kind][codes] * each).view(rows, columns)
+    return storage.numbers(part, 0, part.shape[0])
 
 
 def same(mine: Tensor, wanted: Tensor) -> bool:
@@ -157,6 +129,21 @@ def test_numbers_are_those_of_pytorch(kind: str, dtype: torch.dtype) -> None:
         assert same(quantised.dequantise(part, rows // 2, rows, dtype), wanted[rows // 2 :])
         ids = torch.tensor([rows - 1, 0, rows // 2, rows - 1])
         assert same(quantised.rows([part], ids, dtype), wanted[ids])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("block_size", [64, 128, 256, 512, 1024, 2048, 4096])
+def test_blocks_of_four_bits_may_cross_rows(kind: str, double: bool, block_size: int) -> None:
+    weight = torch.randn((13, 1003), generator=torch.Generator().manual_seed(block_size))
+    part = nf4.quantise(weight, kind, block_size, double=double)
+    for dtype in TYPES:
+        wanted = numbers_of(part).to(dtype)
+        assert same(quantised.dequantise(part, 0, 13, dtype), wanted)
+        assert same(quantised.rows([part], torch.tensor([12, 5, 0]), dtype), wanted[[12, 5, 0]])
+        grad = torch.randn((40, 13)).to(dtype)
+        mine = quantised.matmul(grad, [part], turned=False)
+        assert same(mine, dense.matmul(grad, wanted))
 
 
 @pytest.mark.parametrize("kind", list(BLOCKS))
@@ -202,7 +189,7 @@ def mixed(columns: int) -> list[Part]:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("tokens", [2, 21, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16, 21, 31, 32, 33, 300])
 def test_parts_of_several_kinds_with_all_that_a_layer_adds(dtype: torch.dtype, tokens: int) -> None:
     """And any number of threads gives the same bits."""
     parts = mixed(768)
@@ -266,6 +253,25 @@ def test_a_nan_scale_is_seen_in_its_outputs_alone(dtype: torch.dtype, tokens: in
     output = quantised.matmul(torch.ones(tokens, 128, dtype=dtype), [part], turned=True)
     assert output.isnan().any(0).nonzero().flatten().tolist() == [13]
     assert bool(output[:, 13].isnan().all())
+
+
+def test_a_tape_keeps_what_it_reads() -> None:
+    """The weight's description and its bytes are alive after everyone else has let them go."""
+    weight = quantised.Weight([nf4.quantise(torch.randn(70, 64), "nf4", 64, double=True)])
+    wanted_weight, bytes_at = numbers_of(weight.parts[0]).to(BF16), weight.parts[0].data.data_ptr()
+    holder = [weight]
+    del weight
+    tape, states = Tape(), torch.randn((2, 3, 64)).to(BF16)
+
+    def step(states: Tensor) -> Tensor:
+        return quantised.matmul(states, holder[0], turned=True)
+
+    tape(step, states[0].clone())
+    holder.clear()
+    gc.collect()
+    others = [torch.full((70 * 32,), 255, dtype=torch.uint8) for _ in range(50)]
+    assert bytes_at not in [other.data_ptr() for other in others]
+    assert same(tape(step, states[1]), dense.matmul(states[1], wanted_weight, b_turned=True))
 
 
 @pytest.mark.parametrize(

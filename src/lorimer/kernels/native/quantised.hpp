@@ -168,19 +168,20 @@ inline void look_up_some(const Values<T>& values, const uint8_t* bytes, int64_t 
 
 template <class T>
 inline void decode_four_bits(const Part& part, int64_t row, int64_t from, int64_t count, T* out) {
-  int64_t at = row * part.columns + from, block = at / part.block_size;
-  for (const int64_t end = at + count; at < end; ++block) {
+  const int64_t size = part.block_size, start = row * part.columns + from, end = start + count;
+  const uint8_t* data = part.data;
+  for (int64_t at = start, block = start / size; at < end; ++block) {
     const Values<T> values(part.codes, scale_of(part, block));
-    const int64_t last = smaller(end, (block + 1) * part.block_size);
-    if (at % 2) {
-      look_up_some(values, part.data + at / 2, 1, 1, out++);
-      ++at;
+    int64_t here = smaller(end, (block + 1) * size) - at;
+    const uint8_t* bytes = data + at / 2;
+    at += here;
+    if ((at - here) % 2) {
+      look_up_some(values, bytes++, 1, 1, out++);
+      --here;
     }
-    for (; at + 32 <= last; at += 32, out += 32) values.look_up(part.data + at / 2, out);
-    if (at >= last) continue;
-    look_up_some(values, part.data + at / 2, 0, last - at, out);
-    out += last - at;
-    at = last;
+    for (; here >= 32; here -= 32, bytes += 16, out += 32) values.look_up(bytes, out);
+    if (here) look_up_some(values, bytes, 0, here, out);
+    out += here;
   }
 }
 
@@ -243,10 +244,14 @@ inline Bytes sixteen_where(Bytes bytes, Bytes bit) { return reinterpret_cast<Byt
 
 // 16 at place j where bit j of two bytes is set.
 inline Bytes fifth_bits(const uint8_t* two) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bytes>(_mm_maskz_set1_epi8(static_cast<__mmask16>(two[0] | two[1] << 8), 16));
+#else
+  typedef uint64_t Words __attribute__((vector_size(16)));
   const uint64_t each = 0x0101010101010101u;
-  const uint64_t spread[2] = {two[0] * each, two[1] * each};
-  return sixteen_where(bytes_at(reinterpret_cast<const uint8_t*>(spread)),
+  return sixteen_where(reinterpret_cast<Bytes>(Words{two[0] * each, two[1] * each}),
                        Bytes{1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128});
+#endif
 }
 
 // x = q d, for sixteen q that are signed bytes.
@@ -265,74 +270,91 @@ inline void scaled(Bytes q, float d, float m, T* out) {
   for (int i = 0; i < 16; i += WIDTH) store(out + i, add(mul(load_bytes(codes + i), set(d)), set(m)));
 }
 
+// What all numbers of a block share.
+struct Scales {
+  float d, m;
+};
+
+template <int64_t KIND>
+inline Scales scales_of(const uint8_t* block) {
+  constexpr bool SHIFTED = KIND == Q4_1 || KIND == Q5_1 || KIND == Q4_K || KIND == Q5_K;
+  return {half_at(block + (KIND == Q6_K ? 208 : 0)), SHIFTED ? half_at(block + 2) : 0.0f};
+}
+
 // Group g of eight of Q4_K and Q5_K; `fifth` has 32 bytes, bit g for group g, or is null.
 template <class T>
-inline void decode_k(const uint8_t* block, const uint8_t* fifth, const uint8_t* bytes, int g, T* out) {
-  const uint8_t* packed = block + 4;
+inline void decode_k(const uint8_t* packed, const uint8_t* fifth, const uint8_t* bytes, Scales both, int g, T* out) {
   const int i = g % 4;
   const int s = g < 4 ? packed[i] & 63 : (packed[8 + i] & 15) | (packed[i] >> 6) << 4;
   const int m = g < 4 ? packed[4 + i] & 63 : packed[8 + i] >> 4 | (packed[4 + i] >> 6) << 4;
-  const float scale = half_at(block) * static_cast<float>(s), minimum = half_at(block + 2) * static_cast<float>(m);
+  const float scale = both.d * static_cast<float>(s), minimum = both.m * static_cast<float>(m);
   const Bytes bit = Bytes{} + static_cast<uint8_t>(1 << g);
   for (int j = 0; j < 32; j += 16) {
-    const Bytes both = bytes_at(bytes + g / 2 * 32 + j);
-    Bytes q = g % 2 ? both >> 4 : both & 15;
+    const Bytes two = bytes_at(bytes + g / 2 * 32 + j);
+    Bytes q = g % 2 ? two >> 4 : two & 15;
     if (fifth) q |= sixteen_where(bytes_at(fifth + j), bit);
     scaled(q, scale, -minimum, out + j);
   }
 }
 
 template <class T>
-inline void decode_q6_k(const uint8_t* block, int g, T* out) {
+inline void decode_q6_k(const uint8_t* block, float d, int g, T* out) {
   const int half = g / 4, quarter = g % 4;
   for (int j = 0; j < 32; j += 16) {
     const Bytes low = bytes_at(block + half * 64 + quarter % 2 * 32 + j), high = bytes_at(block + 128 + half * 32 + j);
     const Bytes four = quarter < 2 ? low & 15 : low >> 4;
     const Bytes two = quarter == 0 ? high << 4 : quarter == 1 ? high << 2 : quarter == 2 ? high : high >> 2;
-    const float scale = static_cast<float>(static_cast<int8_t>(block[192 + g * 2 + j / 16])) * half_at(block + 208);
+    const float scale = static_cast<float>(static_cast<int8_t>(block[192 + g * 2 + j / 16])) * d;
     scaled((four | (two & 48)) - 32, scale, out + j);
   }
 }
 
 // Numbers 32 g .. 32 g + 31 of a block.
 template <int64_t KIND, class T>
-inline void decode_group(const uint8_t* block, int g, T* out) {
-  if (KIND == Q4_K) return decode_k(block, nullptr, block + 16, g, out);
-  if (KIND == Q5_K) return decode_k(block, block + 16, block + 48, g, out);
-  if (KIND == Q6_K) return decode_q6_k(block, g, out);
-  const float d = half_at(block);
+inline __attribute__((always_inline)) void decode_group(const uint8_t* block, Scales scales, int g, T* out) {
+  if (KIND == Q4_K) return decode_k(block + 4, nullptr, block + 16, scales, g, out);
+  if (KIND == Q5_K) return decode_k(block + 4, block + 16, block + 48, scales, g, out);
+  if (KIND == Q6_K) return decode_q6_k(block, scales.d, g, out);
   if (KIND == Q8_0) {
-    scaled(bytes_at(block + 2), d, out);
-    return scaled(bytes_at(block + 18), d, out + 16);
+    scaled(bytes_at(block + 2), scales.d, out);
+    return scaled(bytes_at(block + 18), scales.d, out + 16);
   }
-  const bool five = KIND == Q5_0 || KIND == Q5_1, shifted = KIND == Q4_1 || KIND == Q5_1;
-  const uint8_t* fifth = block + (shifted ? 4 : 2);
-  const Bytes both = bytes_at(fifth + (five ? 4 : 0));
+  constexpr bool FIVE = KIND == Q5_0 || KIND == Q5_1, SHIFTED = KIND == Q4_1 || KIND == Q5_1;
+  const uint8_t* fifth = block + (SHIFTED ? 4 : 2);
+  const Bytes both = bytes_at(fifth + (FIVE ? 4 : 0));
   Bytes low = both & 15, high = both >> 4;
-  if (five) low |= fifth_bits(fifth), high |= fifth_bits(fifth + 2);
-  if (shifted) {
-    const float m = half_at(block + 2);
-    scaled(low, d, m, out);
-    return scaled(high, d, m, out + 16);
+  if (FIVE) low |= fifth_bits(fifth), high |= fifth_bits(fifth + 2);
+  if (SHIFTED) {
+    scaled(low, scales.d, scales.m, out);
+    return scaled(high, scales.d, scales.m, out + 16);
   }
   constexpr uint8_t MIDDLE = KIND == Q5_0 ? 16 : 8;
-  scaled(low - MIDDLE, d, out);
-  scaled(high - MIDDLE, d, out + 16);
+  scaled(low - MIDDLE, scales.d, out);
+  scaled(high - MIDDLE, scales.d, out + 16);
 }
 
 template <int64_t KIND, class T>
 inline void decode_blocks(const Part& part, int64_t row, int64_t from, int64_t count, T* out) {
-  constexpr BlockSize SIZE = SIZES[KIND - Q4_0];
-  const uint8_t* blocks = part.data + row * (part.columns / SIZE.numbers) * SIZE.bytes;
-  T whole[32];
-  for (int64_t at = from, end = from + count; at < end;) {
-    const int64_t block = at / SIZE.numbers, group = at % SIZE.numbers / 32, skipped = at % 32;
-    const int64_t here = smaller<int64_t>(32 - skipped, end - at);
-    T* to = here == 32 ? out : whole;
-    decode_group<KIND>(blocks + block * SIZE.bytes, static_cast<int>(group), to);
-    if (to != out) std::memcpy(out, whole + skipped, static_cast<size_t>(here) * sizeof(T));
-    at += here;
-    out += here;
+  constexpr int64_t BYTES = SIZES[KIND - Q4_0].bytes, NUMBERS = SIZES[KIND - Q4_0].numbers;
+  const uint8_t* block = part.data + (row * (part.columns / NUMBERS) + from / NUMBERS) * BYTES;
+  int64_t at = from % NUMBERS;
+  for (; count > 0; block += BYTES, at = 0) {
+    const Scales scales = scales_of<KIND>(block);
+    if (at == 0 && count >= NUMBERS) {
+#pragma GCC unroll 8
+      for (int g = 0; g < NUMBERS / 32; ++g) decode_group<KIND>(block, scales, g, out + 32 * g);
+      count -= NUMBERS;
+      out += NUMBERS;
+      continue;
+    }
+    for (int64_t here; at < NUMBERS && count > 0; at += here, count -= here, out += here) {
+      const int64_t skipped = at % 32;
+      here = smaller<int64_t>(32 - skipped, count);
+      T whole[32];
+      T* to = here == 32 ? out : whole;
+      decode_group<KIND>(block, scales, static_cast<int>(at / 32), to);
+      if (to != out) std::memcpy(out, whole + skipped, static_cast<size_t>(here) * sizeof(T));
+    }
   }
 }
 

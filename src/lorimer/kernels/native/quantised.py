@@ -66,6 +66,8 @@ class Weight:
         self.shape = (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
         assert all(part.shape[1] == self.shape[1] for part in self.parts), "parts of different widths"
         self.words = torch.tensor([_describe(part) for part in self.parts], dtype=torch.int64)
+        # A tape keeps the tensors of its calls, so this one keeps those that it has the addresses of.
+        self.words.parts = self.parts  # type: ignore[attr-defined]
 
 
 def _address(tensor: Tensor | None, dtype: torch.dtype, numbers: int) -> int:
