@@ -44,7 +44,7 @@ inline float float_of(uint32_t bits) {
 inline float half_at(const uint8_t* at) {
   const uint32_t bits = at[0] | static_cast<uint32_t>(at[1]) << 8;
 #if defined(__AVX512F__)
-  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(static_cast<int>(bits)))));
+  return _mm_cvtss_f32(_mm_maskz_cvtph_ps(1, _mm_cvtsi32_si128(static_cast<int>(bits))));
 #else
   const uint32_t sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
   if ((bits & 0x7c00u) == 0x7c00u) return float_of(sign | 0x7f800000u | rest);
@@ -198,16 +198,27 @@ inline Vector load_bytes(const int8_t* at) {
 #endif
 }
 
+// Twice WIDTH numbers.
+template <class T>
+inline void store_two(T* out, Vector a, Vector b) {
+#if defined(LORIMER_PAIRS)
+  if (sizeof(T) == 2) return _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+#endif
+  store(out, a);
+  store(out + WIDTH, b);
+}
+
 template <class T>
 inline void decode_int8(const Part& part, int64_t row, int64_t from, int64_t count, T* out) {
   const int8_t* codes = reinterpret_cast<const int8_t*>(part.data) + row * part.columns + from;
   const Vector scale = set(part.row_scale[row]);
   int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) store(out + i, mul(load_bytes(codes + i), scale));
-  if (i < count) {
+  for (; i + 2 * WIDTH <= count; i += 2 * WIDTH)
+    store_two(out + i, mul(load_bytes(codes + i), scale), mul(load_bytes(codes + i + WIDTH), scale));
+  for (; i < count; i += WIDTH) {
     int8_t some[WIDTH] = {};
-    std::memcpy(some, codes + i, static_cast<size_t>(count - i));
-    store_some(out + i, mul(load_bytes(some), scale), count - i);
+    std::memcpy(some, codes + i, static_cast<size_t>(smaller<int64_t>(WIDTH, count - i)));
+    store_upto(out + i, mul(load_bytes(some), scale), count - i);
   }
   int64_t low = 0, high = part.outlier_count;
   while (low < high) {
@@ -254,20 +265,18 @@ inline Bytes fifth_bits(const uint8_t* two) {
 #endif
 }
 
-// x = q d, for sixteen q that are signed bytes.
-template <class T>
-inline void scaled(Bytes q, float d, T* out) {
-  int8_t codes[16];
-  std::memcpy(codes, &q, 16);
-  for (int i = 0; i < 16; i += WIDTH) store(out + i, mul(load_bytes(codes + i), set(d)));
-}
-
-// x = q d + m, rounded twice.
-template <class T>
-inline void scaled(Bytes q, float d, float m, T* out) {
-  int8_t codes[16];
-  std::memcpy(codes, &q, 16);
-  for (int i = 0; i < 16; i += WIDTH) store(out + i, add(mul(load_bytes(codes + i), set(d)), set(m)));
+// x = q d, or q d + m rounded twice, for sixteen q that are signed bytes and sixteen more.
+template <bool SHIFTED, class T>
+inline void scaled(Bytes q, Bytes more, float d, float more_d, float m, T* out) {
+  int8_t low[16], high[16];
+  std::memcpy(low, &q, 16);
+  std::memcpy(high, &more, 16);
+  auto numbers = [&](int i) __attribute__((always_inline)) {
+    const Vector x = i < 16 ? mul(load_bytes(low + i), set(d)) : mul(load_bytes(high + i - 16), set(more_d));
+    return SHIFTED ? add(x, set(m)) : x;
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 32; i += 2 * WIDTH) store_two(out + i, numbers(i), numbers(i + WIDTH));
 }
 
 // What all numbers of a block share.
@@ -289,24 +298,29 @@ inline void decode_k(const uint8_t* packed, const uint8_t* fifth, const uint8_t*
   const int m = g < 4 ? packed[4 + i] & 63 : packed[8 + i] >> 4 | (packed[4 + i] >> 6) << 4;
   const float scale = both.d * static_cast<float>(s), minimum = both.m * static_cast<float>(m);
   const Bytes bit = Bytes{} + static_cast<uint8_t>(1 << g);
-  for (int j = 0; j < 32; j += 16) {
-    const Bytes two = bytes_at(bytes + g / 2 * 32 + j);
-    Bytes q = g % 2 ? two >> 4 : two & 15;
-    if (fifth) q |= sixteen_where(bytes_at(fifth + j), bit);
-    scaled(q, scale, -minimum, out + j);
+  Bytes q[2];
+  for (int j = 0; j < 2; ++j) {
+    const Bytes two = bytes_at(bytes + g / 2 * 32 + 16 * j);
+    q[j] = g % 2 ? two >> 4 : two & 15;
+    if (fifth) q[j] |= sixteen_where(bytes_at(fifth + 16 * j), bit);
   }
+  scaled<true>(q[0], q[1], scale, scale, -minimum, out);
 }
 
 template <class T>
 inline void decode_q6_k(const uint8_t* block, float d, int g, T* out) {
   const int half = g / 4, quarter = g % 4;
-  for (int j = 0; j < 32; j += 16) {
-    const Bytes low = bytes_at(block + half * 64 + quarter % 2 * 32 + j), high = bytes_at(block + 128 + half * 32 + j);
+  Bytes q[2];
+  float scale[2];
+  for (int j = 0; j < 2; ++j) {
+    const Bytes low = bytes_at(block + half * 64 + quarter % 2 * 32 + 16 * j);
+    const Bytes high = bytes_at(block + 128 + half * 32 + 16 * j);
     const Bytes four = quarter < 2 ? low & 15 : low >> 4;
     const Bytes two = quarter == 0 ? high << 4 : quarter == 1 ? high << 2 : quarter == 2 ? high : high >> 2;
-    const float scale = static_cast<float>(static_cast<int8_t>(block[192 + g * 2 + j / 16])) * d;
-    scaled((four | (two & 48)) - 32, scale, out + j);
+    q[j] = (four | (two & 48)) - 32;
+    scale[j] = static_cast<float>(static_cast<int8_t>(block[192 + g * 2 + j])) * d;
   }
+  scaled<false>(q[0], q[1], scale[0], scale[1], 0.0f, out);
 }
 
 // Numbers 32 g .. 32 g + 31 of a block.
@@ -315,22 +329,15 @@ inline __attribute__((always_inline)) void decode_group(const uint8_t* block, Sc
   if (KIND == Q4_K) return decode_k(block + 4, nullptr, block + 16, scales, g, out);
   if (KIND == Q5_K) return decode_k(block + 4, block + 16, block + 48, scales, g, out);
   if (KIND == Q6_K) return decode_q6_k(block, scales.d, g, out);
-  if (KIND == Q8_0) {
-    scaled(bytes_at(block + 2), scales.d, out);
-    return scaled(bytes_at(block + 18), scales.d, out + 16);
-  }
+  if (KIND == Q8_0)
+    return scaled<false>(bytes_at(block + 2), bytes_at(block + 18), scales.d, scales.d, 0.0f, out);
   constexpr bool FIVE = KIND == Q5_0 || KIND == Q5_1, SHIFTED = KIND == Q4_1 || KIND == Q5_1;
   const uint8_t* fifth = block + (SHIFTED ? 4 : 2);
   const Bytes both = bytes_at(fifth + (FIVE ? 4 : 0));
   Bytes low = both & 15, high = both >> 4;
   if (FIVE) low |= fifth_bits(fifth), high |= fifth_bits(fifth + 2);
-  if (SHIFTED) {
-    scaled(low, scales.d, scales.m, out);
-    return scaled(high, scales.d, scales.m, out + 16);
-  }
-  constexpr uint8_t MIDDLE = KIND == Q5_0 ? 16 : 8;
-  scaled(low - MIDDLE, scales.d, out);
-  scaled(high - MIDDLE, scales.d, out + 16);
+  constexpr uint8_t MIDDLE = KIND == Q5_0 ? 16 : SHIFTED ? 0 : 8;
+  scaled<SHIFTED>(low - MIDDLE, high - MIDDLE, scales.d, scales.d, scales.m, out);
 }
 
 template <int64_t KIND, class T>
