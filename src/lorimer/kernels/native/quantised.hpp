@@ -297,8 +297,8 @@ inline void decode_k(const uint8_t* packed, const uint8_t* fifth, const uint8_t*
   const int s = g < 4 ? packed[i] & 63 : (packed[8 + i] & 15) | (packed[i] >> 6) << 4;
   const int m = g < 4 ? packed[4 + i] & 63 : packed[8 + i] >> 4 | (packed[4 + i] >> 6) << 4;
   const float scale = both.d * static_cast<float>(s), minimum = both.m * static_cast<float>(m);
-  const Bytes bit = Bytes{} + static_cast<uint8_t>(1 << g);
-  Bytes q[2];
+  Bytes bit, q[2];
+  std::memset(&bit, 1 << g, 16);
   for (int j = 0; j < 2; ++j) {
     const Bytes two = bytes_at(bytes + g / 2 * 32 + 16 * j);
     q[j] = g % 2 ? two >> 4 : two & 15;
