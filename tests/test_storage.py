@@ -15,7 +15,15 @@ import pytest
 
 from lorimer import storage
 from lorimer.errors import StorageError
-from lorimer.storage import check_space, check_writable, verify_folder, write_file, write_folder, write_json
+from lorimer.storage import (
+    check_space,
+    check_writable,
+    verify_folder,
+    write_file,
+    write_folder,
+    write_json,
+    write_tensors,
+)
 
 OLD, NEW = {"a.txt": b"old a", "sub/b.bin": b"old b"}, {"a.txt": b"new a", "c.txt": b"new c" * 99}
 
@@ -205,6 +213,22 @@ def test_messages_name_the_path_and_the_space(tmp_path: Path, monkeypatch: pytes
     assert "5,000 bytes needed, 1,234 bytes free" in text
     assert caught.value.exit_code == 4
     check_space(tmp_path, 1234)
+
+
+def test_a_full_disk_is_an_oserror_in_a_file_of_tensors_too(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "t.safetensors"
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no device that is always full")
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_tensors(path, {"a": torch.zeros(1 << 20)})
+    assert caught.value.errno == errno.ENOSPC
+    path.unlink()
+    with pytest.raises(OSError, match="No such file"):
+        write_tensors(tmp_path / "nowhere" / "t.safetensors", {"a": torch.zeros(1)})
+    write_tensors(path, {"a": torch.ones(2)})
+    assert path.stat().st_size > 8
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lorimer.config import QuantConfig
 from lorimer.errors import BaseError, UserError
 from lorimer.model.load import load_decoder, read_weight
 from lorimer.quant.linear import DenseLinear, QuantLinear
+from lorimer.quant.part import whole
 from lorimer.quant.storage import numbers, quantise
 from tiny import FP32, difference, make_tiny, our_logits, random_rows
 
@@ -44,7 +45,8 @@ def test_a_quantised_base_computes_what_its_numbers_say(
     assert (decoder.head.weight is decoder.embedding.weight) == tied
     # Each projection is quantised on its own: blocks do not run from one into the next.
     name = "model.layers.1.self_attn.k_proj.weight"
-    part = quantise(read_weight(tiny.base, decoder.spec, name), quant)
+    weight = read_weight(tiny.base, decoder.spec, name)
+    part = quantise(whole(weight), tuple(weight.shape), quant)
     qkv = decoder.layers[1].qkv
     found = qkv.linear.weight.dequantise()[qkv.rows[0] : qkv.rows[0] + qkv.rows[1]]
     assert torch.equal(found, numbers(part, 0, part.shape[0]))

@@ -48,3 +48,12 @@ def test_a_row_of_zeros_and_a_strip() -> None:
     whole = int8.numbers(part, 0, 40)
     assert torch.equal(whole[3], torch.zeros(256))
     assert torch.equal(int8.numbers(part, 2, 5), whole[2:5])
+
+
+def test_a_weight_in_stretches_gives_the_same_bytes() -> None:
+    given = weight()
+    given[:, 17] *= 100
+    wanted = int8.quantise(given)
+    found = int8.quantise_rows(lambda: iter(given.split(7)), (40, 256))
+    for name in ("data", "row_scale", "outlier_columns", "outliers"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name

@@ -11,7 +11,7 @@ from lorimer.config import QuantConfig
 from lorimer.kernels.products import LowRank
 from lorimer.quant import linear as linear_module
 from lorimer.quant.linear import DenseLinear, QuantLinear
-from lorimer.quant.part import Part
+from lorimer.quant.part import Part, whole
 from lorimer.quant.storage import is_finite, keep, numbers, quantise
 
 GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -28,7 +28,8 @@ def a_part(kind: str, rows: int, columns: int = 256, seed: int = 0) -> Part:
     name, _, plain = kind.partition(" ")
     weight = random(rows, columns, seed=seed)
     weight[:, 3] *= 20  # kept apart by int8
-    return quantise(weight, QuantConfig(kind=name, block_size=128, double=not plain))
+    quant = QuantConfig(kind=name, block_size=128, double=not plain)
+    return quantise(whole(weight), (rows, columns), quant)
 
 
 def low_rank(inputs: int) -> LowRank:

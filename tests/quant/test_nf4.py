@@ -116,3 +116,18 @@ def test_every_place_of_the_8_bit_type_has_its_code() -> None:
     codes, scales = nf4._quantise_scales(given)
     assert torch.equal(codes, expected)
     assert torch.equal(scales, state.absmax)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_a_weight_in_stretches_gives_the_same_bytes(
+    size: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stretches end anywhere in a block."""
+    given = weight((21, 101))
+    wanted = nf4.quantise(given, "nf4", size, double=True)
+    monkeypatch.setattr(nf4, "CHUNK", 128)
+    found = nf4.quantise_rows(lambda: iter(given.split(rows)), (21, 101), "nf4", size, double=True)
+    for name in ("data", "absmax", "absmax_scale"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    assert found.absmax_offset == wanted.absmax_offset

@@ -60,7 +60,7 @@ class BaseFiles(ABC):
         return sum(
             int(np.prod(entry.shape)) * (2 if entry.dtype == "U8" else 1)
             for name, entry in self.tensors.items()
-            if name.endswith((".weight", ".bias"))
+            if ".weight." not in name and not name.endswith(".SCB")
         )
 
     @property

@@ -23,7 +23,7 @@ from lorimer.errors import AdapterError
 from lorimer.lora.layers import Adapter, LoraSpec, inject, saved_paths
 from lorimer.lora.targets import Target, all_targets, select_targets
 from lorimer.model.decoder import Decoder
-from lorimer.storage import write_folder
+from lorimer.storage import write_folder, write_tensors
 
 WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "lorimer.json"
 PREFIX = "base_model.model."
@@ -234,13 +234,11 @@ def fill_adapter(
     extra_files: Mapping[str, bytes],
 ) -> None:
     """The files of an adapter, into an existing folder."""
-    from safetensors.torch import save
-
     config = peft_config(adapter, decoder, base)
     for name, content in extra_files.items():
         (folder / name).write_bytes(content)
     tensors = {_peft_name(name, adapter): t.detach().cpu().clone() for name, t in adapter.tensors.items()}
-    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / OURS).write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(config), encoding="utf-8")

@@ -27,7 +27,7 @@ from lorimer.lora.layers import LoraSpec
 from lorimer.model.load import NOT_QUANTISED, trained_weight
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.bnb import stored_shape
-from lorimer.storage import check_space, write_folder
+from lorimer.storage import check_space, write_folder, write_tensors
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -225,9 +225,7 @@ class _ShardWriter:
         self.total += tensor.nbytes
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self.pending, self.folder / f"part-{len(self.shards)}", metadata={"format": "pt"})
+        write_tensors(self.folder / f"part-{len(self.shards)}", self.pending, {"format": "pt"})
         self.shards.append(list(self.pending))
         self.pending = {}
 

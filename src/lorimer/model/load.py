@@ -5,7 +5,9 @@ Linear layers that share an input are stacked as they arrive, so no second copy 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,10 +26,11 @@ from lorimer.model.spec import ModelSpec
 from lorimer.quant import bnb
 from lorimer.quant.gguf_blocks import BLOCKS, dequantise
 from lorimer.quant.linear import DenseLinear, FrozenLinear, QuantLinear
-from lorimer.quant.part import Part
+from lorimer.quant.part import Part, whole
 from lorimer.quant.storage import is_finite, keep, numbers, quantise
 
 NOT_QUANTISED = QuantConfig()
+STRETCH = 1 << 21  # numbers of a weight that are float32 at once while it is read
 
 
 class Place(NamedTuple):
@@ -79,7 +82,7 @@ def trained_weight(base: BaseFiles, spec: ModelSpec, name: str, quant: QuantConf
     table = name in ("model.embed_tokens.weight", "lm_head.weight")
     if quant.kind in ("none", "keep") or value.dim() != 2 or (table and not quant.embeddings):
         return value
-    part = quantise(value, quant)
+    part = quantise(whole(value), (value.shape[0], value.shape[1]), quant)
     return numbers(part, 0, part.shape[0])
 
 
@@ -136,11 +139,28 @@ class _Reader:
             if not is_finite(part):
                 raise self._not_finite(name)
         else:
-            weight = read_weight(self.base, self.spec, name)
-            if not torch.isfinite(weight).all():
-                raise self._not_finite(name)
-            part = quantise(weight, self.quant)
+            part = quantise(partial(self.rows, name, finite=True), shape, self.quant)
         return part.to(self.place.device)
+
+    def rows(self, name: str, *, finite: bool = False) -> Iterator[Tensor]:
+        """A weight's rows, float32, in stretches where they can be read so: a vocabulary's table is larger
+        than several layers. With `finite`, raises BaseError for NaN and infinity."""
+        for stretch in self._stretches(name):
+            if finite and not torch.isfinite(stretch).all():
+                raise self._not_finite(name)
+            yield stretch
+
+    def _stretches(self, name: str) -> Iterator[Tensor]:
+        entry = self.base.tensors[name]
+        if bnb.stored_kind(self.base, name) or _paired_heads(self.base, self.spec, name) is not None:
+            yield read_weight(self.base, self.spec, name)
+            return
+        count, width = entry.shape
+        raw = self.base.raw(name).reshape(count, -1)
+        step = max(1, STRETCH // width)
+        for first in range(0, count, step):
+            here = raw[first : first + step]
+            yield dequantise(here.reshape(-1), entry.dtype, (len(here), width))
 
     def _not_finite(self, name: str) -> BaseError:
         return BaseError(
@@ -176,22 +196,28 @@ class _Reader:
             parts = [self.part(name, (count, inputs)) for name, count in zip(names, rows, strict=True)]
             return QuantLinear(parts, self.place.dtype)
         weight_OI = torch.empty((sum(rows), inputs), dtype=self.place.dtype, device=self.place.device)
-        start = 0
-        for name, count in zip(names, rows, strict=True):
-            weight_OI[start : start + count] = self.tensor(name, (count, inputs))
-            start += count
+        for name, part in zip(names, weight_OI.split(list(rows)), strict=True):
+            self.dense(name, (len(part), inputs), part)
         return DenseLinear(weight_OI)
 
     def table(self, path: str) -> Table:
         name, shape = f"{path}.weight", (self.spec.vocab_size, self.spec.hidden_size)
-        if self.quant.embeddings and self.quantises([name]):
-            return Table(path, QuantLinear([self.part(name, shape)], self.place.dtype))
-        return Table(path, self.weight_as_is(name, shape))
+        if self.quant.embeddings:
+            weight = self.weight([name], shape[:1], shape[1])
+        else:
+            value = torch.empty(shape, dtype=self.place.dtype, device=self.place.device)
+            self.dense(name, shape, value)
+            weight = DenseLinear(value)
+        self.base.release()
+        return Table(path, weight)
 
-    def weight_as_is(self, name: str, shape: tuple[int, int]) -> DenseLinear:
-        value = self.tensor(name, shape).to(self.place.device, self.place.dtype)
-        # Memory-mapped bytes must not stay behind: the file may change or go away under us.
-        return DenseLinear(value.clone() if value.dtype == torch.float32 else value)
+    def dense(self, name: str, shape: tuple[int, int], out: Tensor) -> None:
+        """The weight's numbers into `out`, a stretch at a time."""
+        self.check(name, shape)
+        start = 0
+        for stretch in self.rows(name):
+            out[start : start + len(stretch)] = stretch
+            start += len(stretch)
 
 
 def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTISED) -> Decoder:

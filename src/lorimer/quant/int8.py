@@ -10,17 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorimer.quant.part import Part
+from lorimer.quant.part import Part, Rows, whole
 
 WILD = 4.0  # times the median of the columns' largest magnitudes
 MOST = 64  # at most one column in this many is kept apart
 
 
-def outlier_columns(weight_OI: Tensor) -> Tensor:
-    """The columns to keep apart, ascending: int64 [C]."""
-    largest_I = weight_OI.abs().amax(0)
+def outlier_columns(largest_I: Tensor) -> Tensor:
+    """The columns to keep apart, by each column's largest magnitude: int64 [C], ascending."""
     found = torch.nonzero(largest_I > WILD * largest_I.median()).flatten()
-    most = weight_OI.shape[1] // MOST
+    most = len(largest_I) // MOST
     if len(found) > most:
         found = found[torch.argsort(largest_I[found], descending=True, stable=True)[:most]]
     return found.sort().values
@@ -28,21 +27,33 @@ def outlier_columns(weight_OI: Tensor) -> Tensor:
 
 def quantise(weight: Tensor) -> Part:
     """A weight [O, I] as int8. Its numbers must be finite."""
-    weight = weight.float()
-    columns = outlier_columns(weight)
-    outliers = weight[:, columns].to(torch.bfloat16)
-    if len(columns):
-        weight = weight.clone()
-        weight[:, columns] = 0
-    scale = weight.abs().amax(1) / 127
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    codes = (weight * inverse.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
-    shape = (weight.shape[0], weight.shape[1])
+    return quantise_rows(whole(weight), (weight.shape[0], weight.shape[1]))
+
+
+def quantise_rows(rows: Rows, shape: tuple[int, int]) -> Part:
+    """The same of a weight that is given by stretches of rows."""
+    largest_I = torch.zeros(shape[1])
+    for stretch in rows():
+        largest_I = torch.maximum(largest_I, stretch.float().abs().amax(0))
+    columns = outlier_columns(largest_I)
+    codes = torch.empty(shape, dtype=torch.int8)
+    scales = torch.empty(shape[0])
+    outliers = torch.empty((shape[0], len(columns)), dtype=torch.bfloat16)
+    start = 0
+    for stretch in rows():
+        numbers = stretch.to(torch.float32, copy=True)
+        here = slice(start, start + len(numbers))
+        outliers[here] = numbers[:, columns].to(torch.bfloat16)
+        numbers[:, columns] = 0
+        scale = scales[here] = numbers.abs().amax(1) / 127
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        codes[here] = numbers.mul_(inverse.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+        start += len(numbers)
     return Part(
         "int8",
         shape,
         codes.view(torch.uint8),
-        row_scale=scale,
+        row_scale=scales,
         outlier_columns=columns if len(columns) else None,
         outliers=outliers if len(columns) else None,
     )

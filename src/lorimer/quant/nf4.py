@@ -8,13 +8,14 @@ and a last block that is short are handled as bitsandbytes does on the CPU, bit 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from lorimer.kernels.codes import CODES
-from lorimer.quant.part import NESTED_BLOCK, Part
+from lorimer.quant.part import NESTED_BLOCK, Part, Rows, whole
 
 SMALLEST = 1e-38  # a block of zeros is divided by this instead
 CHUNK = 1 << 20  # numbers quantised at once, a multiple of every block size
@@ -51,20 +52,42 @@ def _borders(kind: str) -> tuple[Tensor, Tensor]:
 
 def quantise(weight: Tensor, kind: str, block_size: int, *, double: bool) -> Part:
     """A weight [O, I] as NF4 or FP4. Its numbers must be finite."""
-    flat = weight.reshape(-1)
-    blocks = -(-flat.numel() // block_size)
-    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(blocks)
-    for start in range(0, flat.numel(), CHUNK):
-        packed, scales = _quantise_chunk(flat[start : start + CHUNK].float(), kind, block_size)
+    shape = (weight.shape[0], weight.shape[1])
+    return quantise_rows(whole(weight), shape, kind, block_size, double=double)
+
+
+def quantise_rows(rows: Rows, shape: tuple[int, int], kind: str, block_size: int, *, double: bool) -> Part:
+    """The same of a weight that is given by stretches of rows."""
+    count = shape[0] * shape[1]
+    codes = torch.empty((count + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-count // block_size))
+    start = 0
+    for numbers in _whole_blocks(rows, block_size):
+        packed, scales = _quantise_chunk(numbers, kind, block_size)
         codes[start // 2 : start // 2 + len(packed)] = packed
         absmax[start // block_size : start // block_size + len(scales)] = scales
-    shape = (weight.shape[0], weight.shape[1])
+        start += numbers.numel()
     if not double:
         return Part(kind, shape, codes, block_size, absmax)
     offset = absmax.mean()
     nested, scale = _quantise_scales(absmax - offset)
     return Part(kind, shape, codes, block_size, nested, dynamic_table(), scale, float(offset))
+
+
+def _whole_blocks(rows: Rows, block_size: int) -> Iterator[Tensor]:
+    """The flattened numbers, float32, in stretches of whole blocks but for the last."""
+    rest = torch.empty(0)
+    for stretch in rows():
+        flat = stretch.reshape(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            numbers = flat[start : start + CHUNK].float()
+            numbers = torch.cat([rest, numbers]) if rest.numel() else numbers
+            full = numbers.numel() // block_size * block_size
+            rest = numbers[full:].clone()
+            if full:
+                yield numbers[:full]
+    if rest.numel():
+        yield rest
 
 
 def _quantise_chunk(numbers: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:

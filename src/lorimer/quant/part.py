@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor
 
 FOUR_BIT = ("nf4", "fp4")
 NESTED_BLOCK = 256  # scales that share a scale of their own, where scales are quantised too
+
+
+# A weight's rows from the first on, a stretch [rows, I] at a time; called once for each pass over them.
+Rows = Callable[[], Iterator[Tensor]]
+
+
+def whole(weight_OI: Tensor) -> Rows:
+    """A weight in memory, as one stretch."""
+    return lambda: iter([weight_OI])
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from lorimer.bases.mapped import Bytes
 from lorimer.config import QuantConfig
 from lorimer.quant import int8, nf4
 from lorimer.quant.gguf_blocks import BLOCKS, block_scales, decoded
-from lorimer.quant.part import FOUR_BIT, Part
+from lorimer.quant.part import FOUR_BIT, Part, Rows
 
 
 def numbers(part: Part, first: int, last: int) -> Tensor:
@@ -30,11 +30,12 @@ def numbers(part: Part, first: int, last: int) -> Tensor:
     return decoded(part.data.view(-1)[first * row : last * row], part.kind).view(last - first, -1)
 
 
-def quantise(weight_OI: Tensor, quant: QuantConfig) -> Part:
-    """The weight as `quant.kind` says: nf4, fp4 or int8. Its numbers must be finite."""
+def quantise(rows: Rows, shape: tuple[int, int], quant: QuantConfig) -> Part:
+    """A weight, given by stretches of rows, as `quant.kind` says: nf4, fp4 or int8. Its numbers must be
+    finite."""
     if quant.kind == "int8":
-        return int8.quantise(weight_OI)
-    return nf4.quantise(weight_OI, quant.kind, quant.block_size, double=quant.double)
+        return int8.quantise_rows(rows, shape)
+    return nf4.quantise_rows(rows, shape, quant.kind, quant.block_size, double=quant.double)
 
 
 def keep(raw: Bytes, kind: str, shape: tuple[int, int], heads: int | None) -> Part:

@@ -22,7 +22,7 @@ from lorimer.errors import ConfigError, StorageError
 from lorimer.lora.adapter import WEIGHTS
 from lorimer.lora.layers import Adapter
 from lorimer.run import RunFolder
-from lorimer.storage import verify_folder, write_folder
+from lorimer.storage import verify_folder, write_folder, write_tensors
 from lorimer.train.optimizer import Optimizer
 
 FORMAT = 1
@@ -56,12 +56,11 @@ def save_checkpoint(
 
     Raises StorageError; the earlier checkpoints are then as they were.
     """
-    from safetensors.torch import save
 
     def fill(folder: Path) -> None:
         fill_adapter(folder)
         state = {name: value.detach().cpu().contiguous() for name, value in optimizer.state().items()}
-        (folder / OPTIMIZER).write_bytes(save(state))
+        write_tensors(folder / OPTIMIZER, state)
         text = json.dumps({"format": FORMAT} | asdict(progress), indent=2)
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
