@@ -215,20 +215,26 @@ def test_messages_name_the_path_and_the_space(tmp_path: Path, monkeypatch: pytes
     check_space(tmp_path, 1234)
 
 
-def test_a_full_disk_is_an_oserror_in_a_file_of_tensors_too(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "t.safetensors"
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no device that is always full")
-    path.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_tensors(path, {"a": torch.zeros(1 << 20)})
-    assert caught.value.errno == errno.ENOSPC
-    path.unlink()
+def test_a_full_disk_is_an_oserror_in_a_file_of_tensors_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors import SafetensorError
+
+    path, tensors = tmp_path / "t.safetensors", {"a": torch.zeros(9)}
     with pytest.raises(OSError, match="No such file"):
-        write_tensors(tmp_path / "nowhere" / "t.safetensors", {"a": torch.zeros(1)})
-    write_tensors(path, {"a": torch.ones(2)})
-    assert path.stat().st_size > 8
+        write_tensors(tmp_path / "nowhere" / "t.safetensors", tensors)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(StorageError, match=r"No space left on device \([\d,]+ bytes free\)"):
+            write_folder(tmp_path / "out", lambda folder: write_tensors(folder / "t.safetensors", tensors))
+    write_tensors(path, tensors)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:

@@ -135,17 +135,21 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, manifest: bool = T
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file, written without a second copy of it in memory. Raises OSError, which the library
-    itself hides in an error of its own."""
+    """A safetensors file, written without a second copy of it in memory. Raises OSError, which the
+    library hides in an error of its own."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
+    # The library makes a file that only its owner can read.
+    path.chmod(mode)
 
 
 def _swap(staged: Path, path: Path) -> None:
