@@ -25,6 +25,10 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run: its folder, its name, or last.")
     ] = None,
+    finish_by: Annotated[
+        str | None,
+        typer.Option(metavar="HH:MM", help="Be done by this time of day.", show_default=False),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a step's time goes, and write a trace.")
     ] = False,
@@ -53,12 +57,26 @@ def train(
     from lorimer.train.profile import DEFAULT_STEPS
 
     given = [text for text in (config, *(settings or [])) if text is not None]
+    if finish_by is not None:
+        given.append(budget_until(finish_by, given))
     chosen = read_settings(given, resume)
     steps = profile_steps or (DEFAULT_STEPS if profile else None)
     with open_progress(sys.stderr if json else None) as reporter:
         result = run_training(chosen, resume=resume, reporter=reporter, profile=steps)
     if json:
         typer.echo(json_text.dumps(summary(result), indent=2))
+
+
+def budget_until(finish_by: str, given: list[str]) -> str:
+    """The setting that ends the run by this time of day. Raises UserError."""
+    from datetime import datetime
+
+    from lorimer.errors import UserError
+    from lorimer.train.deadline import seconds_until
+
+    if any(text.startswith("train.budget=") for text in given):
+        raise UserError("--finish-by and train.budget exclude each other", fix="Give one.")
+    return f"train.budget={seconds_until(finish_by, datetime.now()):.0f}s"
 
 
 def read_settings(given: list[str], resume: str | None) -> RunConfig | None:

@@ -2,6 +2,7 @@
 
 settings.py     every setting with its type, default, bounds and help: RunConfig
 read.py         a YAML file and overrides, or a dict -> RunConfig, and back
+presets.py      a word for a set of settings
 problems.py     what is said about wrong names and values
 other_names.py  names from other tools, answered with ours
 yaml_text.py    YAML -> values that know their line

@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 from lorimer.config.other_names import OTHER_NAMES
+from lorimer.config.presets import PRESETS
 from lorimer.config.problems import unknown
 from lorimer.config.settings import BLOCKS, SETTINGS, SHORT, RunConfig
 from lorimer.config.yaml_text import write_yaml
@@ -17,6 +18,8 @@ def explain(key: str) -> str:
     """A setting, or all settings of a block, as text. Raises ConfigError with the nearest name."""
     if key in BLOCKS:
         return "\n\n".join(explain(name) for name in SETTINGS if name.startswith(f"{key}."))
+    if key in PRESETS:
+        return _explain_preset(key)
     if key not in SETTINGS:
         return _explain_other(key)
     setting = SETTINGS[key]
@@ -30,6 +33,12 @@ def explain(key: str) -> str:
         f"  example: lorimer train config.yaml {shlex.quote(example) if ' ' in example else example}",
     ]
     return "\n".join(lines)
+
+
+def _explain_preset(name: str) -> str:
+    """What a preset sets, as it would stand in a file."""
+    head = f"{name}\n  a preset: `preset: {name}` stands for these settings, under the others"
+    return f"{head}\n\n{textwrap.indent(write_yaml(PRESETS[name]), '  ').rstrip()}"
 
 
 def _explain_other(key: str) -> str:
@@ -60,4 +69,6 @@ def json_schema() -> dict[str, Any]:
     for block, name in SHORT.items():
         word = BLOCKS[block].model_json_schema()["properties"][name]
         schema["properties"][block] = {"anyOf": [schema["properties"][block], {"enum": word["enum"]}]}
+    listed = schema["properties"]["preset"]
+    schema["properties"]["preset"] = {"anyOf": [listed, {"enum": list(PRESETS)}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lorimer.config.presets import PRESETS, with_presets
 from lorimer.config.problems import found_text, wrong_names, wrong_values
 from lorimer.config.settings import BLOCKS, SHORT, RunConfig
 from lorimer.config.yaml_text import Lines, Place, read_yaml, scalar, write_yaml
@@ -141,6 +142,10 @@ def _plain(value: Any) -> Any:
 
 def _build(value: dict[str, Any], source: _Source) -> RunConfig:
     value = {k: {} if v is None and k in BLOCKS else v for k, v in value.items()}
+    if isinstance(value.get("preset"), str):
+        value["preset"] = [value["preset"]]
+    if isinstance(names := value.get("preset"), list) and all(name in PRESETS for name in names):
+        value = with_presets(value, names)
     problems = list(wrong_names(value))
     if not problems:
         try:

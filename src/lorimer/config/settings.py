@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lorimer.config.presets import PRESETS
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PRESET_NAMES = tuple(PRESETS)
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "never"]
 
 
@@ -152,6 +155,13 @@ class TrainConfig(Block):
         examples=[100],
         description="Train for this many optimizer steps, whatever `epochs` says.",
     )
+    budget: str | None = Field(
+        None,
+        pattern=r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s)$",
+        examples=["1h30m"],
+        description="Time for the whole run, as 3h, 90m or 120s: the schedule fits it, whatever `epochs` "
+        "says.",
+    )
     batch_size: int = Field(16, ge=1, description="Rows per optimizer step.")
     micro_batch_tokens: int | None = Field(
         None,
@@ -248,6 +258,12 @@ class RunConfig(Block):
     base: str = Field(
         examples=["smollm2-135m"],
         description="The model to adapt: a kept name, a folder, a .gguf file, or a hub id.",
+    )
+    preset: list[Literal[PRESET_NAMES]] = Field(  # type: ignore[valid-type]
+        default_factory=list,
+        examples=[["low-memory", "classification"]],
+        description="Sets of settings that go under the others; `lorimer config explain low-memory` shows "
+        "one.",
     )
     data: DataConfig
     lora: LoraConfig = Field(default_factory=LoraConfig)

@@ -42,6 +42,8 @@ def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     rung = info.get("recompute", "none")
     again = "" if rung == "none" else f", recompute {rung}"
     steps = f"{counted(info['steps'], 'step')} of {counted(info['batch_size'], 'row')}"
+    if info.get("budget"):
+        steps = f"{info['budget']}, in steps of {counted(info['batch_size'], 'row')}"
     if info["first_step"]:
         steps += f", from step {info['first_step'] + 1}"
     warmup = counted(info["warmup_steps"], "step")

@@ -3,6 +3,7 @@
 loop.py         train(): the spine, read it first
 step.py         one optimizer step
 schedule.py     the learning rate as a function of the step
+deadline.py     a run that ends in time: the steps that fit
 optimizer.py    optimizers over the flat buffer
 checkpoint.py   the state of a run, whole or not at all
 metrics.py      what a step reports, and where it is written

@@ -37,6 +37,7 @@ class Progress:
     tokens: int = 0
     trained_tokens: int = 0
     train_seconds: float = 0.0
+    elapsed: float = 0.0  # of `train.budget`, in seconds
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0

@@ -49,6 +49,7 @@ from lorimer.model.loss import pack_losses
 from lorimer.run import RunFolder, create_run, find_run
 from lorimer.storage import check_writable, write_file
 from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
+from lorimer.train.deadline import Deadline, seconds_of
 from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
 from lorimer.train.optimizer import make_optimizer
 from lorimer.train.profile import VIEWERS, Profile, table_text
@@ -58,6 +59,7 @@ from lorimer.train.trackers import Trackers, open_trackers
 
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
 MICRO_BATCH_TOKENS = 2048
+ENDLESS = 10**9  # steps of a run that only time ends
 # Below so many tokens at once, products no longer use the machine, and computing more again is cheaper.
 BUSY_TOKENS = 512
 RUNGS = ("none", "mlp", "layers")  # that `auto` goes through
@@ -103,8 +105,9 @@ def train(
     try:
         session.restore_if_any(resuming=run is not None)
         session.announce()
+        session.begin_budget()
         with interruptible() as stop:
-            for step in range(session.progress.step, session.stream.total_steps):
+            while (step := session.progress.step) < session.total_steps:
                 session.profile_begins()
                 session.one_step(step)
                 if session.evaluation_due(step):
@@ -114,7 +117,7 @@ def train(
                 session.profile_ends(last=stop.asked or session.exhausted)
                 if session.exhausted:
                     break
-                if stop.asked and step + 1 < session.stream.total_steps:
+                if stop.asked and step + 1 < session.total_steps:
                     raise session.interrupted()
         return session.finish()
     except BaseException as error:
@@ -135,6 +138,7 @@ def resumed_run(config: RunConfig | None, resume: str | Path) -> tuple[RunFolder
 MAY_CHANGE = {
     "train.epochs",
     "train.max_steps",
+    "train.budget",
     "train.eval_every",
     "train.early_stopping_patience",
     "train.micro_batch_tokens",
@@ -204,6 +208,8 @@ class Session:
         """Load everything and write nothing: what is wrong with the input leaves no trace."""
         self.config, self.reporter = config, reporter
         started = time.perf_counter()
+        budget = config.train.budget
+        self.deadline = None if budget is None else Deadline(seconds_of(budget))
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         self.base = open_base(resolve_base(config.base))
@@ -220,7 +226,7 @@ class Session:
             rows=len(self.data.train),
             batch_size=config.train.batch_size,
             epochs=config.train.epochs,
-            max_steps=config.train.max_steps,
+            max_steps=config.train.max_steps or (None if budget is None else ENDLESS),
             seed=config.train.seed,
             shuffle=config.data.shuffle,
         )
@@ -234,6 +240,9 @@ class Session:
             self.data.valid, MICRO_BATCH_TOKENS, share=self.shares, trim=self.trims
         )
         self.exhausted = False
+        self.adapter_written = False
+        self.planned = self.stream.total_steps
+        self._before: Scores | None = None
         self.last: StepResult | None = None
         self.valid_loss: float | None = None
         self.saved_step: int | None = None
@@ -357,10 +366,46 @@ class Session:
             note=self.reporter.note,
         )
 
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run; as many as there is time for, if that is what ends it."""
+        if self.deadline is None:
+            return self.stream.total_steps
+        return min(self.stream.total_steps, self.planned)
+
+    def begin_budget(self) -> None:
+        """With a time to end by, the base answers the held-out rows first: the adapter's answers, at the
+        end, take about as long."""
+        if self.deadline is None:
+            return
+        self.deadline.use(self.progress.elapsed)
+        if self.data.test:
+            began = time.perf_counter()
+            self._before = self._answer("before", enabled=False)
+            self.deadline.reserve("proof", time.perf_counter() - began)
+        self.deadline.check()
+        self.planned = self.deadline.total_steps(self.progress.step)
+
+    def _plan_time(self) -> None:
+        """After a step: what the end needs, and how many steps still fit before it."""
+        if self.deadline is None or self.last is None:
+            return
+        seconds = self.deadline.step_ends()
+        if self.valid_packs and "evaluation" not in self.deadline.reserved:
+            # Without a backward: about a third of what training on as many tokens takes.
+            tokens = sum(pack.computed_tokens for pack in self.valid_packs)
+            self.deadline.reserve("evaluation", 0.4 * seconds * tokens / max(1, self.last.tokens))
+        self.progress.elapsed = self.deadline.elapsed
+        self.planned = max(self.progress.step, self.deadline.total_steps(self.progress.step))
+        if not self.adapter_written:
+            began = time.perf_counter()
+            self._write_adapter()
+            self.deadline.reserve("saving", 3 * (time.perf_counter() - began))
+
     def announce(self) -> None:
         """The start panel's facts, into run.json too."""
         config = self.config
-        total = self.stream.total_steps
+        total = 0 if self.deadline else self.stream.total_steps
         info = {
             "run": str(self.run.path),
             "base": config.base,
@@ -381,6 +426,7 @@ class Session:
             "valid_rows": len(self.data.valid),
             "test_rows": len(self.data.test),
             "steps": total,
+            "budget": config.train.budget,
             "first_step": self.progress.step,
             "batch_size": config.train.batch_size,
             "micro_batch_tokens": self.micro_batch_tokens,
@@ -442,6 +488,8 @@ class Session:
     def one_step(self, step: int) -> None:
         """Rows -> packs -> one update -> one line in metrics.jsonl."""
         began = time.perf_counter()
+        if self.deadline is not None:
+            self.deadline.step_begins()
         with trace.stage("data"):
             rows = self.stream.step_rows(step)
             examples = [self.data.train[row] for row in rows]
@@ -453,7 +501,8 @@ class Session:
                 trim=self.trims,
             )
             packs = split(self.micro_batch_tokens)
-        rate = learning_rate(self.config.train, step, self.stream.total_steps)
+        total = self.total_steps
+        rate = learning_rate(self.config.train, step, total)
         self.last = train_step(
             self.model.decoder,
             self.optimizer,
@@ -477,8 +526,10 @@ class Session:
         progress.tokens += self.last.tokens
         progress.trained_tokens += self.last.trained_tokens
         progress.train_seconds += seconds
+        self._plan_time()
         record = StepRecord(
             step=step + 1,
+            total_steps=self.total_steps,
             epoch=round(self.stream.epoch_at(step + 1), 4),
             loss=self.last.loss,
             learning_rate=rate,
@@ -504,7 +555,7 @@ class Session:
     def _due(self, every: int | str, step: int) -> bool:
         if every == "never":
             return False
-        last = step + 1 == self.stream.total_steps
+        last = step + 1 >= self.total_steps
         return last or (self.stream.ends_epoch(step) if every == "epoch" else (step + 1) % int(every) == 0)
 
     @trace.stage("evaluation")
@@ -525,6 +576,8 @@ class Session:
             patience = self.config.train.early_stopping_patience
             self.exhausted = patience is not None and progress.evaluations_without_gain >= patience
         self.seconds["eval"] += time.perf_counter() - began
+        if self.deadline is not None:
+            self.deadline.reserve("evaluation", time.perf_counter() - began)
         record = {"step": progress.step, "valid_loss": loss, "best": better}
         self.metrics.write(record)
         self.trackers.log(progress.step, {"valid_loss": loss})
@@ -550,6 +603,7 @@ class Session:
 
     def _write_adapter(self) -> None:
         """The adapter as it is now, with tokenizer and template, to the run's adapter folder."""
+        self.adapter_written = True
         extra = self.model.tokenizer.files() | {"chat_template.jinja": self.template.source.encode("utf-8")}
         save_adapter(
             self.run.adapter,
@@ -624,24 +678,8 @@ class Session:
     def _prove(self, result: RunResult) -> None:
         """The base and the adapter answer the same held-out rows."""
         began = time.perf_counter()
-        rows = self.data.test[: self.config.evaluate.rows]
-        scores: list[Scores] = []
-        for label, enabled in (("before", False), ("after", True)):
-            self.reporter.proving(f"answering {len(rows)} held-out rows: {label}")
-            with self.model.adapter_enabled(enabled):
-                scores.append(
-                    evaluate_rows(
-                        self.model,
-                        rows,
-                        max_new_tokens=self.config.evaluate.max_new_tokens,
-                        batch_size=self.config.evaluate.batch_size,
-                        seed=self.config.train.seed,
-                        train_on=self.config.data.train_on,
-                        name=label,
-                    )
-                )
-            write_file(self.run.eval / f"{label}.json", json.dumps(scores[-1].to_json(), indent=1))
-        before, after = scores
+        before = self._before or self._answer("before", enabled=False)
+        after = self._answer("after", enabled=True)
         result.before, result.after = before, after
         result.comparison = compare_scores(before, after)
         samples = changed_answers(before, after, self.config.evaluate.samples)
@@ -649,10 +687,27 @@ class Session:
         write_file(self.run.samples, "".join(line + "\n" for line in lines))
         self.seconds["eval"] += time.perf_counter() - began
 
+    def _answer(self, label: str, *, enabled: bool) -> Scores:
+        """The held-out rows answered with the adapter or without, kept in the run's folder."""
+        rows = self.data.test[: self.config.evaluate.rows]
+        self.reporter.proving(f"answering {len(rows)} held-out rows: {label}")
+        with self.model.adapter_enabled(enabled):
+            scores = evaluate_rows(
+                self.model,
+                rows,
+                max_new_tokens=self.config.evaluate.max_new_tokens,
+                batch_size=self.config.evaluate.batch_size,
+                seed=self.config.train.seed,
+                train_on=self.config.data.train_on,
+                name=label,
+            )
+        write_file(self.run.eval / f"{label}.json", json.dumps(scores.to_json(), indent=1))
+        return scores
+
     def interrupted(self) -> Interrupted:
         command = f"lorimer train --resume {shlex.quote(str(self.run.path))}"
         return Interrupted(
-            f"stopped after step {self.progress.step} of {self.stream.total_steps}; the state is saved",
+            f"stopped after step {self.progress.step} of {self.total_steps}; the state is saved",
             fix=f"Go on with: {command}",
         )
 

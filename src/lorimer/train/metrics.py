@@ -19,6 +19,7 @@ class StepRecord:
     """One line of metrics.jsonl. Tokens are those of the rows; times are in seconds."""
 
     step: int
+    total_steps: int  # of the run, as planned after this step
     epoch: float
     loss: float
     learning_rate: float
