@@ -35,6 +35,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "Train": (
         Command("data", "data:app", "check training data, see what is trained"),
         Command("config", "config:app", "explain the settings of a run"),
+        Command("plan", "plan:plan", "memory, time and disk of a run, before it begins"),
         Command("train", "train:train", "train an adapter from a config file"),
     ),
     "Prove and use": (

@@ -51,6 +51,7 @@ def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = f"{info['tokens']:,} tokens, {info['trained_tokens']:,} trained ({share:.0%})"
     return [
         ("base", f"{info['base']} ({info['architecture']}, {info['base_parameters'] / 1e6:,.0f} M)"),
+        *([("preset", ", ".join(info["preset"]))] if info.get("preset") else []),
         *(
             [("stored", quant_text(quant))]
             if (quant := info.get("quant", {})).get("kind", "none") != "none"

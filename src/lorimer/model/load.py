@@ -5,6 +5,7 @@ Linear layers that share an input are stacked as they arrive, so no second copy 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -103,13 +104,84 @@ def kept_kind(base: BaseFiles, name: str) -> str | None:
 
 
 @dataclass(slots=True)
-class _Reader:
-    """Reads tensors of one base by their Hugging Face names, checked against the shape wanted."""
+class Reader(ABC):
+    """Where a decoder's parts come from, and how they are stored."""
 
-    base: BaseFiles
     spec: ModelSpec
     place: Place
     quant: QuantConfig
+
+    @abstractmethod
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A whole tensor, float32."""
+
+    @abstractmethod
+    def rows(self, name: str, shape: tuple[int, int], *, finite: bool = False) -> Iterator[Tensor]:
+        """A weight's rows, float32, in stretches where they can be read so: a vocabulary's table is larger
+        than several layers. With `finite`, raises BaseError for NaN and infinity."""
+
+    def release(self) -> None:  # noqa: B027
+        """Give back what reading took; most have nothing to."""
+
+    def part(self, name: str, shape: tuple[int, int]) -> Part:
+        """The weight in quantised storage."""
+        part = quantise(partial(self.rows, name, shape, finite=True), shape, self.quant)
+        return part.to(self.place.device)
+
+    def quantises(self, names: list[str]) -> bool:
+        """Whether these weights, stacked, are stored quantised."""
+        return self.quant.kind != "none"
+
+    def norm(self, path: str, size: int) -> NormSlot:
+        weight = self.tensor(f"{path}.weight", (size,)).to(self.place.device, torch.float32)
+        return NormSlot(path, weight.clone(), self.spec.norm_eps)
+
+    def stacked(
+        self, path: str, names: tuple[str, ...], rows: tuple[int, ...], inputs: int, number: int, bias: bool
+    ) -> Projections:
+        paths = [f"{path}.{name}" for name in names]
+        bias_O = None
+        if bias:
+            found = [self.tensor(f"{p}.bias", (count,)) for p, count in zip(paths, rows, strict=True)]
+            bias_O = torch.cat(found).to(self.place.device, self.place.dtype)
+        weight = self.weight([f"{p}.weight" for p in paths], rows, inputs)
+        self.release()
+        return Projections(path, names, rows, inputs, number, Linear(weight, bias_O))
+
+    def weight(self, names: list[str], rows: tuple[int, ...], inputs: int) -> FrozenLinear:
+        """Weights that share an input, stacked by rows."""
+        if self.quantises(names):
+            parts = [self.part(name, (count, inputs)) for name, count in zip(names, rows, strict=True)]
+            return QuantLinear(parts, self.place.dtype)
+        weight_OI = torch.empty((sum(rows), inputs), dtype=self.place.dtype, device=self.place.device)
+        for name, part in zip(names, weight_OI.split(list(rows)), strict=True):
+            self.dense(name, part)
+        return DenseLinear(weight_OI)
+
+    def table(self, path: str) -> Table:
+        name, shape = f"{path}.weight", (self.spec.vocab_size, self.spec.hidden_size)
+        if self.quant.embeddings:
+            weight = self.weight([name], shape[:1], shape[1])
+        else:
+            value = torch.empty(shape, dtype=self.place.dtype, device=self.place.device)
+            self.dense(name, value)
+            weight = DenseLinear(value)
+        self.release()
+        return Table(path, weight)
+
+    def dense(self, name: str, out: Tensor) -> None:
+        """The weight's numbers into `out`, a stretch at a time."""
+        start = 0
+        for stretch in self.rows(name, (out.shape[0], out.shape[1])):
+            out[start : start + len(stretch)] = stretch
+            start += len(stretch)
+
+
+@dataclass(slots=True)
+class FileReader(Reader):
+    """Tensors of one base by their Hugging Face names, checked against the shape wanted."""
+
+    base: BaseFiles
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.base.tensors:
@@ -126,25 +198,8 @@ class _Reader:
         self.check(name, shape)
         return read_weight(self.base, self.spec, name)
 
-    def part(self, name: str, shape: tuple[int, int]) -> Part:
-        """The weight in quantised storage: as the base has it, or made so."""
+    def rows(self, name: str, shape: tuple[int, int], *, finite: bool = False) -> Iterator[Tensor]:
         self.check(name, shape)
-        if self.quant.kind == "keep":
-            kind = kept_kind(self.base, name)
-            assert kind is not None
-            if self.base.kind == "gguf":
-                part = keep(self.base.raw(name), kind, shape, _paired_heads(self.base, self.spec, name))
-            else:
-                part = bnb.read_part(self.base, name)
-            if not is_finite(part):
-                raise self._not_finite(name)
-        else:
-            part = quantise(partial(self.rows, name, finite=True), shape, self.quant)
-        return part.to(self.place.device)
-
-    def rows(self, name: str, *, finite: bool = False) -> Iterator[Tensor]:
-        """A weight's rows, float32, in stretches where they can be read so: a vocabulary's table is larger
-        than several layers. With `finite`, raises BaseError for NaN and infinity."""
         for stretch in self._stretches(name):
             if finite and not torch.isfinite(stretch).all():
                 raise self._not_finite(name)
@@ -162,62 +217,49 @@ class _Reader:
             here = raw[first : first + step]
             yield dequantise(here.reshape(-1), entry.dtype, (len(here), width))
 
+    def part(self, name: str, shape: tuple[int, int]) -> Part:
+        """As the base has it, or made so."""
+        if self.quant.kind != "keep":
+            return Reader.part(self, name, shape)
+        self.check(name, shape)
+        kind = kept_kind(self.base, name)
+        assert kind is not None
+        if self.base.kind == "gguf":
+            part = keep(self.base.raw(name), kind, shape, _paired_heads(self.base, self.spec, name))
+        else:
+            part = bnb.read_part(self.base, name)
+        if not is_finite(part):
+            raise self._not_finite(name)
+        return part.to(self.place.device)
+
     def _not_finite(self, name: str) -> BaseError:
         return BaseError(
             f"the weight `{name}` holds NaN or infinity, which cannot be quantised", path=self.base.path
         )
 
     def quantises(self, names: list[str]) -> bool:
-        """Whether these weights, stacked, are stored quantised; what is kept must be so in the base."""
+        """What is kept must be quantised in the base."""
         if self.quant.kind == "keep":
             return all(kept_kind(self.base, name) for name in names)
         return self.quant.kind != "none"
 
-    def norm(self, path: str, size: int) -> NormSlot:
-        weight = self.tensor(f"{path}.weight", (size,)).to(self.place.device, torch.float32)
-        return NormSlot(path, weight.clone(), self.spec.norm_eps)
-
-    def stacked(
-        self, path: str, names: tuple[str, ...], rows: tuple[int, ...], inputs: int, number: int, bias: bool
-    ) -> Projections:
-        paths = [f"{path}.{name}" for name in names]
-        bias_O = None
-        if bias:
-            found = [self.tensor(f"{p}.bias", (count,)) for p, count in zip(paths, rows, strict=True)]
-            bias_O = torch.cat(found).to(self.place.device, self.place.dtype)
-        weight = self.weight([f"{p}.weight" for p in paths], rows, inputs)
-        # What was read of the file need not stay in memory.
+    def release(self) -> None:
         self.base.release()
-        return Projections(path, names, rows, inputs, number, Linear(weight, bias_O))
 
-    def weight(self, names: list[str], rows: tuple[int, ...], inputs: int) -> FrozenLinear:
-        """Weights that share an input, stacked by rows."""
-        if self.quantises(names):
-            parts = [self.part(name, (count, inputs)) for name, count in zip(names, rows, strict=True)]
-            return QuantLinear(parts, self.place.dtype)
-        weight_OI = torch.empty((sum(rows), inputs), dtype=self.place.dtype, device=self.place.device)
-        for name, part in zip(names, weight_OI.split(list(rows)), strict=True):
-            self.dense(name, (len(part), inputs), part)
-        return DenseLinear(weight_OI)
 
-    def table(self, path: str) -> Table:
-        name, shape = f"{path}.weight", (self.spec.vocab_size, self.spec.hidden_size)
-        if self.quant.embeddings:
-            weight = self.weight([name], shape[:1], shape[1])
-        else:
-            value = torch.empty(shape, dtype=self.place.dtype, device=self.place.device)
-            self.dense(name, shape, value)
-            weight = DenseLinear(value)
-        self.base.release()
-        return Table(path, weight)
+class _Shapes(Reader):
+    """Shapes alone: tensors without storage."""
 
-    def dense(self, name: str, shape: tuple[int, int], out: Tensor) -> None:
-        """The weight's numbers into `out`, a stretch at a time."""
-        self.check(name, shape)
-        start = 0
-        for stretch in self.rows(name):
-            out[start : start + len(stretch)] = stretch
-            start += len(stretch)
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    def rows(self, name: str, shape: tuple[int, int], *, finite: bool = False) -> Iterator[Tensor]:
+        return iter(())
+
+
+def skeleton(spec: ModelSpec, dtype: torch.dtype) -> Decoder:
+    """The decoder of this spec with all its shapes and no numbers."""
+    return assemble(_Shapes(spec, Place(torch.device("meta"), dtype), NOT_QUANTISED))
 
 
 def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTISED) -> Decoder:
@@ -228,18 +270,23 @@ def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTIS
     """
     keep_freed_memory()
     spec = read_spec(base.config, path=str(base.path))
-    reader = _Reader(base, spec, place, quant)
     if quant.kind == "keep" and not any(kept_kind(base, name) for name in base.tensors):
         raise UserError(
             "`quant: keep` keeps a base as it is quantised, and this one is not",
             fix="Write `quant: nf4` to quantise it as it is loaded, or leave `quant` out.",
             path=base.path,
         )
+    return assemble(FileReader(spec, place, quant, base))
+
+
+def assemble(reader: Reader) -> Decoder:
+    """A decoder of the reader's parts."""
+    spec, place = reader.spec, reader.place
     embedding = reader.table("model.embed_tokens")
     layers = [_layer(reader, number) for number in range(spec.layers)]
     head = Table("lm_head", embedding.weight) if spec.tied_head else reader.table("lm_head")
     final_norm = reader.norm("model.norm", spec.hidden_size)
-    base.release()
+    reader.release()
     return Decoder(
         spec=spec,
         embedding=embedding,
@@ -252,7 +299,7 @@ def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTIS
     )
 
 
-def _layer(reader: _Reader, number: int) -> Layer:
+def _layer(reader: Reader, number: int) -> Layer:
     spec = reader.spec
     path = f"model.layers.{number}"
     attention, mlp = f"{path}.self_attn", f"{path}.mlp"

@@ -26,7 +26,7 @@ from lorimer.data.pack import Pack, shared_prefix, split_into_packs
 from lorimer.data.prepare import Prepared, prepare
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.errors import AdapterError, ConfigError, Interrupted, LorimerError
+from lorimer.errors import AdapterError, ConfigError, Interrupted, LorimerError, UserError
 from lorimer.evaluate.facts import short_path
 from lorimer.evaluate.report import write_report
 from lorimer.evaluate.run import Comparison, Scores, changed_answers, compare_scores, evaluate_rows
@@ -52,17 +52,24 @@ from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress,
 from lorimer.train.deadline import Deadline, seconds_of
 from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
 from lorimer.train.optimizer import make_optimizer
+from lorimer.train.plan import (
+    MICRO_BATCH_TOKENS,
+    Plan,
+    Target,
+    alternatives,
+    alternatives_text,
+    load_of,
+    make_plan,
+    resident_bytes,
+    size_text,
+)
 from lorimer.train.profile import VIEWERS, Profile, table_text
 from lorimer.train.schedule import learning_rate, warmup_steps
 from lorimer.train.step import StepResult, train_step
 from lorimer.train.trackers import Trackers, open_trackers
 
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
-MICRO_BATCH_TOKENS = 2048
 ENDLESS = 10**9  # steps of a run that only time ends
-# Below so many tokens at once, products no longer use the machine, and computing more again is cheaper.
-BUSY_TOKENS = 512
-RUNGS = ("none", "mlp", "layers")  # that `auto` goes through
 
 
 @dataclass(slots=True)
@@ -217,11 +224,6 @@ class Session:
         tokenizer = Tokenizer.from_base(self.base)
         self.template = ChatTemplate(self._template_source(), tokenizer)
         self.data: Prepared = prepare(config.data, self.template, seed=config.train.seed)
-        decoder = load_decoder(self.base, self.place, config.quant)
-        self.model = Model(self.base, decoder, tokenizer, config.base)
-        self.model.template = self.template
-        self._put_adapter()
-        self.optimizer = make_optimizer(self.adapter, config.train)
         self.stream = StepStream(
             rows=len(self.data.train),
             batch_size=config.train.batch_size,
@@ -230,7 +232,13 @@ class Session:
             seed=config.train.seed,
             shuffle=config.data.shuffle,
         )
-        decoder.recompute, self.micro_batch_tokens = self._choose_memory()
+        self.plan = self._plan_memory(resident_bytes())
+        decoder = load_decoder(self.base, self.place, config.quant)
+        decoder.recompute, self.micro_batch_tokens = self.plan.shape.recompute, self.plan.micro_batch_tokens
+        self.model = Model(self.base, decoder, tokenizer, config.base)
+        self.model.template = self.template
+        self._put_adapter()
+        self.optimizer = make_optimizer(self.adapter, config.train)
         rate = self.adapter.spec.dropout
         self.dropout = LoraDropout(rate, config.train.seed, *self.place[::-1]) if rate else None
         self.progress = Progress(data_hash=self.data.train_hash(), base_fingerprint=self.base.fingerprint())
@@ -309,33 +317,41 @@ class Session:
             self.data.notes.append("the rows' common prefix is not shared, because `lora.dropout` is on")
         return self.dropout is None
 
-    def _choose_memory(self) -> tuple[str, int]:
-        """The rung of the memory ladder, and how many tokens are computed at once: as many as half of the
-        free memory holds, up to MICRO_BATCH_TOKENS, on the first rung that holds the longest row and
-        enough tokens to keep the machine busy."""
-        train = self.config.train
-        if self.place.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.place.device)[0]
-        else:
-            free = memory().available
-        longest = max(len(example.ids) for example in self.data.train)
-        wanted = max(longest, train.micro_batch_tokens or BUSY_TOKENS)
-        rungs = RUNGS if train.recompute == "auto" else (train.recompute,)
-        for rung in rungs:
-            fits = int(free * 0.5) // self._kept_bytes(rung)
-            if fits >= wanted:
-                break
-        return rung, train.micro_batch_tokens or max(longest, min(MICRO_BATCH_TOKENS, fits))
+    def _plan_memory(self, program: int) -> Plan:
+        """The run as it is planned: its rung of the memory ladder and its tokens at once are taken from it.
 
-    def _kept_bytes(self, rung: str) -> int:
-        """What a token keeps on this rung: in each layer its two norm inputs, query, key, value and
-        attention output (twice: rotated, and laid out for attention), and the stacked gate and up."""
-        spec = self.model.spec
-        inner = 0 if rung == "mlp" else 2 * spec.intermediate_size
-        kept = 2 * spec.hidden_size + 3 * sum(spec.qkv_rows) + inner
-        if rung in ("layers", "offload"):
-            return self.place.dtype.itemsize * (spec.layers * spec.hidden_size + kept)
-        return self.place.dtype.itemsize * spec.layers * kept
+        Raises UserError, with what would fit, if the machine has not so much memory at all.
+        """
+        if self.place.device.type == "cuda":
+            program, there = 0, torch.cuda.mem_get_info(self.place.device)[0]
+        else:
+            there = memory().available + program
+        config = self.config
+        answered = len(self.data.test[: config.evaluate.rows])
+        load = load_of(
+            config,
+            self.data.train,
+            steps=min(self.stream.total_steps, 1000),
+            share=not config.lora.dropout,
+            answered=answered,
+        )
+        target = Target(self.place.device.type, there, here=True)
+        plan = make_plan(
+            config, self.base, load, target, program=program, dtype=self.place.dtype, probe=False
+        )
+        total = memory().total
+        if self.place.device.type == "cpu" and plan.memory.peak > total:
+            raise UserError(
+                f"the run needs about {size_text(plan.memory.peak)} of memory, and this machine has "
+                f"{size_text(total)}",
+                fix=alternatives_text(alternatives(plan, self.base, program)),
+            )
+        if not plan.fits:
+            self.data.notes.append(
+                f"the run needs about {size_text(plan.memory.peak)} of memory and {size_text(there)} are "
+                "free: `lorimer plan` says what needs less"
+            )
+        return plan
 
     def restore_if_any(self, *, resuming: bool) -> None:
         """Go on from the newest whole checkpoint, or begin."""
@@ -411,6 +427,7 @@ class Session:
             "base": config.base,
             "architecture": self.model.spec.family,
             "base_parameters": self.base.parameters,
+            "preset": list(config.preset),
             "dtype": str(self.place.dtype).removeprefix("torch."),
             "quant": config.quant.model_dump() | {"bytes": self.model.decoder.frozen_bytes},
             "device": str(self.place.device),
@@ -452,6 +469,7 @@ class Session:
             template_hash=self.template.hash,
             started=self.run.read_record().get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             load_seconds=self.seconds["load"],
+            planned_memory=self.plan.memory.parts() | {"peak": self.plan.memory.peak},
             info=info,
         )
         self.reporter.start(info)
