@@ -58,8 +58,9 @@ class Clock:
         self.total, self.done = info["steps"], info["first_step"]
         self.moments.append(time.monotonic())
 
-    def tick(self, step: int, total: int) -> None:
-        self.done, self.total = step, total
+    def tick(self, step: int, total: int | None = None) -> None:
+        """`total` where it is planned anew: a run with a time to end by."""
+        self.done, self.total = step, total or self.total
         self.moments.append(time.monotonic())
 
     @property
@@ -100,7 +101,7 @@ class Plain:
             self.write(f"{name:<10}{text}")
 
     def step(self, record: dict[str, Any]) -> None:
-        self.clock.tick(record["step"], record["total_steps"])
+        self.clock.tick(record["step"], record.get("total_steps"))
         self.steps_told += 1
         now = time.monotonic()
         if self.steps_told == ESTIMATED_AFTER and self.clock.to_go:
@@ -193,7 +194,7 @@ class Live(Plain):
         self.live.start()
 
     def step(self, record: dict[str, Any]) -> None:
-        self.clock.tick(record["step"], record["total_steps"])
+        self.clock.tick(record["step"], record.get("total_steps"))
         self.records.append(record)
         self.status = ""
         self._redraw(now=record["step"] == self.clock.total)

@@ -28,7 +28,7 @@ def explain(key: str) -> str:
     lines = [
         key,
         *textwrap.wrap(setting.description, 70, initial_indent="  ", subsequent_indent="  "),
-        f"  value: {setting.wanted}",
+        *textwrap.wrap(f"value: {setting.wanted}", 90, initial_indent="  ", subsequent_indent="    "),
         f"  {default}",
         f"  example: lorimer train config.yaml {shlex.quote(example) if ' ' in example else example}",
     ]
