@@ -11,6 +11,8 @@ help:
 	@echo "make bench       lorimer against TRL and PEFT, in an environment of its own"
 	@echo "make bench-all   every benchmark and every peer: some hours; writes benchmarks/RESULTS.md"
 	@echo "make llamacpp    exported files in llama.cpp, compiled here: same tokens, same score?"
+	@echo "make large       random bases of 1.1B and 7B in NF4: memory and time (writes 14 GB, deletes them)"
+	@echo "make memory      24 runs: planned against measured peak memory"
 	@echo "make docs        write the generated pages of docs/ anew"
 	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
 	@echo "make clean       delete the virtual environments and caches"
@@ -32,6 +34,15 @@ bench: .venv-bench/.installed
 bench-all: .venv-bench/.installed .venv-bench-torchtune/.installed .venv-bench-llamafactory/.installed
 	.venv-bench/bin/lorimer pull smollm2-135m
 	.venv-bench/bin/python benchmarks/results.py
+
+large: $(VENV)/.installed
+	$(RUN)/lorimer pull smollm2-135m
+	$(RUN)/python benchmarks/large.py 1.1B --tokens 2048 --steps 2
+	$(RUN)/python benchmarks/large.py 7B --tokens 512 --steps 1 train.recompute=layers
+
+memory: $(VENV)/.installed
+	$(RUN)/lorimer pull smollm2-135m
+	$(RUN)/python benchmarks/memory.py
 
 llamacpp: .venv-llamacpp/.installed
 	.venv-llamacpp/bin/lorimer pull smollm2-135m
@@ -82,4 +93,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 clean:
 	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .venv-llamacpp .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help quickstart test bench bench-all llamacpp docs sanitize clean
+.PHONY: help quickstart test bench bench-all large memory llamacpp docs sanitize clean
