@@ -37,7 +37,7 @@ bench-all: .venv-bench/.installed .venv-bench-torchtune/.installed .venv-bench-l
 
 large: $(VENV)/.installed
 	$(RUN)/lorimer pull smollm2-135m
-	$(RUN)/python benchmarks/large.py 1.1B --tokens 2048 --steps 2
+	$(RUN)/python benchmarks/large.py 1.1B --tokens 2048 --steps 2 train.recompute=layers
 	$(RUN)/python benchmarks/large.py 7B --tokens 512 --steps 1 train.recompute=layers
 
 memory: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """Large bases on a small machine: a random base of a true shape, in NF4, trained for a few steps.
 
-    python benchmarks/large.py 1.1B --tokens 2048 --steps 2
-    python benchmarks/large.py 7B --tokens 512 --steps 1        writes 14 GB, and deletes them
+    python benchmarks/large.py 1.1B --tokens 2048 --steps 2 train.recompute=layers
+    python benchmarks/large.py 7B --tokens 512 --steps 1 train.recompute=layers   writes 14 GB
 
 The base is written layer by layer as bf16 safetensors, with SmolLM2's tokenizer, and trained through the
 command line. Prints the peak memory of that process beside what `lorimer plan` said, and seconds a token.
@@ -111,7 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="key=value for lorimer train")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.write:
         write_base(args.write, args.size)
         return

@@ -87,6 +87,20 @@ def test_peft_and_merged(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "something there already" in capsys.readouterr().err
 
 
+def test_four_bits_for_bitsandbytes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["export", "runs/tiny", "--to", "bnb"]) == 0
+    text = capsys.readouterr().out
+    assert "runs/tiny/exports/tiny-nf4: " in text
+    assert "21 of 30 weights in nf4" in text
+    assert "21 weights carry the update" in text
+    command = shlex.split(text.splitlines()[-1].removeprefix("next: lorimer chat"))
+    assert app.run(["generate", *command, "abc", "--max-tokens", "2"]) == 0
+    assert app.run(["export", "base", "--to", "bnb", "--type", "fp4", "--out", "f4", "--json"]) == 0
+    capsys.readouterr()
+    config = json.loads(Path("f4/config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
+
+
 WRONG = [
     ([], "missing argument"),
     (["runs/tiny"], "missing option '--to'"),
@@ -96,6 +110,8 @@ WRONG = [
     (["runs/tiny", "--to", "gguf", "--type", ""], "`` is not known"),
     (["runs/tiny", "--to", "gguf-lora", "--type", "q8_0"], "not one for an adapter"),
     (["runs/tiny", "--to", "peft", "--type", "f16"], "exclude each other"),
+    (["runs/tiny", "--to", "bnb", "--type", "int8"], "int8 is not known"),
+    (["runs/tiny", "--to", "bnb", "--out", "base"], "something there already"),
     (["runs/tiny", "--to", "merged"], "--out FOLDER"),
     (["runs/tiny", "--to", "merged", "--out", "y", "--type", "q8_0"], "q8_0"),
     (["runs/tiny", "--to", "merged", "--out", "y", "--json"], "--json"),

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from lorimer.export.source import Source
 
 # What is written if `--type` is not given.
-DEFAULTS = {"gguf": "f16", "gguf-lora": "f32", "merged": "auto"}
+DEFAULTS = {"gguf": "f16", "gguf-lora": "f32", "merged": "auto", "bnb": "nf4"}
+KNOWN = ("gguf", "gguf-lora", "merged", "bnb", "peft")
 
 
 def export(
     what: Annotated[str, typer.Argument(help="A run, an adapter folder, or a base.")],
-    to: Annotated[str, typer.Option(help="gguf, gguf-lora, merged or peft.")],
+    to: Annotated[str, typer.Option(help="gguf, gguf-lora, merged, bnb or peft.")],
     out: Annotated[
         Path | None,
         typer.Option(help="What to write [default: in the run's exports folder].", show_default=False),
@@ -29,7 +30,8 @@ def export(
         str | None,
         typer.Option(
             help="gguf: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_1, q5_0, q4_k_m, q4_1 or q4_0 [f16]. "
-            "gguf-lora: f32, f16 or bf16 [f32]. merged: as `lorimer merge --dtype` [auto].",
+            "gguf-lora: f32, f16 or bf16 [f32]. merged: as `lorimer merge --dtype` [auto]. bnb: nf4 or fp4 "
+            "[nf4].",
             show_default=False,
         ),
     ] = None,
@@ -42,8 +44,8 @@ def export(
     Example: lorimer export runs/home --to gguf-lora
 
     gguf-lora is the adapter alone, beside the very GGUF file it was trained on. gguf is base and adapter
-    merged into one file with tokenizer and chat template. merged is a Hugging Face folder, peft a copy of
-    the adapter's.
+    merged into one file with tokenizer and chat template. merged is a Hugging Face folder, bnb one
+    in 4 bits for bitsandbytes, peft a copy of the adapter's.
     """
     from lorimer.errors import UserError
     from lorimer.evaluate.facts import short_path
@@ -51,8 +53,8 @@ def export(
     from lorimer.export.gguf_lora import export_gguf_lora
     from lorimer.export.source import open_source
 
-    if to not in ("gguf", "gguf-lora", "merged", "peft"):
-        raise UserError(f"--to {to} is not known", fix="Known: gguf, gguf-lora, merged, peft.")
+    if to not in KNOWN:
+        raise UserError(f"--to {to} is not known", fix=f"Known: {', '.join(KNOWN)}.")
     if to == "peft" and type is not None:
         raise UserError("--type and --to peft exclude each other", fix="An adapter is copied as it is.")
     if to == "merged":
@@ -61,6 +63,9 @@ def export(
     source = open_source(what, base=base, force=force)
     if to == "peft":
         _peft(source, what, out, as_json=json_)
+        return
+    if to == "bnb":
+        _bnb(source, what, out, DEFAULTS[to] if type is None else type, as_json=json_)
         return
     kind = DEFAULTS[to] if type is None else type
     target = out or _default(what, source, f"{kind}.gguf" if to == "gguf" else "lora.gguf")
@@ -123,6 +128,25 @@ def _merged(
             "--to merged takes --out FOLDER, and no --json", fix="It is `lorimer merge` by another name."
         )
     merge(what, out, DEFAULTS["merged"] if dtype is None else dtype, base, force=force)
+
+
+def _bnb(source: Source, what: str, out: Path | None, kind: str, *, as_json: bool) -> None:
+    from lorimer.cli.merge import dtype_of
+    from lorimer.evaluate.facts import short_path
+    from lorimer.export.bnb import export_bnb
+
+    extra = source.tokenizer.files() | {"chat_template.jinja": source.template.source.encode("utf-8")}
+    report = export_bnb(source, out or _default(what, source, kind), kind, dtype_of(source.base), extra)
+    if as_json:
+        typer.echo(json.dumps(asdict(report) | {"path": str(report.path)}, indent=2))
+        return
+    typer.echo(
+        f"{short_path(report.path)}: {report.bytes / 1e6:,.1f} MB, {report.quantised} of {report.tensors} "
+        f"weights in {kind}"
+    )
+    if report.adapted:
+        typer.echo(f"{report.adapted} weights carry the update")
+    typer.echo(f"next: lorimer chat {shlex.quote(short_path(report.path))} --quant keep")
 
 
 def _peft(source: Source, what: str, out: Path | None, *, as_json: bool) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE = 1 << 21  # bytes; for smaller tensors the C library is quicker, and cuts less to waste
+LARGE = 1 << 18  # bytes; for smaller tensors the C library is quicker, and cuts less to waste
 GRAIN = 1 << 16  # sizes of blocks are multiples of this
 SLACK = 1.25  # a block serves tensors that fill at least 1 / SLACK of it
 

@@ -88,13 +88,13 @@ def merge(
     counts = {"tensors": 0, "adapted": 0, "bytes": 0, "same": 0, "numbers": 0}
 
     def fill(folder: Path) -> None:
-        writer = _ShardWriter(folder)
+        writer = ShardWriter(folder)
         for name, tensor in merged_tensors(base, spec, adapter, TYPES[dtype], counts, quant):
             counts["tensors"] += 1
             counts["bytes"] += tensor.nbytes
             writer.add(name, tensor)
         writer.close()
-        text = json.dumps(_config(base, spec, adapter, dtype), indent=2)
+        text = json.dumps(merged_config(base, spec, adapter, dtype), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         if eos := base.eos_token_ids():
             generation = json.dumps({"eos_token_id": eos if len(eos) > 1 else eos[0]}, indent=2)
@@ -154,7 +154,7 @@ class MergedBase(BaseFiles):
     def __init__(
         self, base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str, quant: QuantConfig
     ) -> None:
-        self.path, self.config = base.path, _config(base, spec, adapter, dtype)
+        self.path, self.config = base.path, merged_config(base, spec, adapter, dtype)
         self.tokenizer_config, self.generation_config = base.tokenizer_config, base.generation_config
         self._given = base, spec, adapter, dtype, quant
         names = _weights(base)
@@ -196,7 +196,7 @@ def _update(name: str, value: Tensor, adapter: Update) -> Tensor | None:
     return value + adapter.spec.scale(module) * (up.detach() @ down.detach())
 
 
-def _config(base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str) -> dict[str, Any]:
+def merged_config(base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str) -> dict[str, Any]:
     """The base's config with the type of the weights; a head trained apart is no longer tied."""
     config = {key: value for key, value in base.config.items() if value is not None}
     config.pop("quantization_config", None)
@@ -209,7 +209,7 @@ def _config(base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str) -> di
     return config
 
 
-class _ShardWriter:
+class ShardWriter:
     """Tensors into model.safetensors, or into numbered shards with an index where they are many."""
 
     def __init__(self, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lorimer.kernels import workspace
 from lorimer.kernels.codes import BLOCKS, CODES, KINDS
 from lorimer.kernels.native.library import REFERENCE, TYPES, Kernel, active
 from lorimer.kernels.native.matmul import BF16, _check_labels, _rows
@@ -162,7 +163,7 @@ def matmul(
     if onto is not None:
         onto, onto_stride = _rows(onto)
     if out is None:
-        out = torch.empty((m, n), dtype=a.dtype)
+        out = workspace.empty((m, n), a.dtype)
     # Otherwise memory would be read as what it is not.
     assert a.dtype in TYPES, "states of this type"
     assert k == (columns if turned else rows), "a and the weight do not fit"
@@ -238,7 +239,7 @@ def head_loss(
     hidden_MH, stride = _rows(hidden_MH)
     positions, size = hidden_MH.shape
     losses_M = torch.empty(positions, dtype=torch.float32)
-    grad_MH = torch.empty((positions, size), dtype=hidden_MH.dtype) if need_grad else None
+    grad_MH = workspace.empty((positions, size), hidden_MH.dtype) if need_grad else None
     _head_loss(
         *(hidden_MH, stride, head.words, len(head.parts), labels_M.contiguous(), losses_M, grad_MH),
         *(positions, size, head.shape[0], weight, smoothing),
