@@ -22,13 +22,27 @@ LARGEST, LARGEST_OLD = (1 << 31) - 1, 32 << 20
 KEPT_PRODUCTS = "128"
 
 
+def _c_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(ctypes.util.find_library("c"))
+    except (OSError, TypeError):
+        return None
+
+
 @cache
 def keep_freed_memory() -> bool:
     """Ask the C library to reuse freed blocks; false where it cannot be asked (not glibc)."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_PRODUCTS)
-    try:
-        mallopt = ctypes.CDLL(ctypes.util.find_library("c")).mallopt
-    except (OSError, AttributeError, TypeError):
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is None:
         return False
     trim = mallopt(M_TRIM_THRESHOLD, LARGEST)
     return bool(trim and (mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, LARGEST_OLD)))
+
+
+def give_back_freed_memory() -> None:
+    """Give freed blocks back to the system now, those between others too. After loading a base the heap has
+    holes of the sizes that loading asked for, which no step asks for again."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

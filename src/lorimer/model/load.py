@@ -17,7 +17,7 @@ from torch import Tensor
 from lorimer.bases.open import BaseFiles
 from lorimer.config import QuantConfig
 from lorimer.errors import BaseError, UserError
-from lorimer.kernels.allocator import keep_freed_memory
+from lorimer.kernels.allocator import give_back_freed_memory, keep_freed_memory
 from lorimer.kernels.dispatch import Linear
 from lorimer.machine import native_bf16
 from lorimer.model.decoder import Decoder, Layer, NormSlot, Projections, Table
@@ -276,7 +276,9 @@ def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTIS
             fix="Write `quant: nf4` to quantise it as it is loaded, or leave `quant` out.",
             path=base.path,
         )
-    return assemble(FileReader(spec, place, quant, base))
+    decoder = assemble(FileReader(spec, place, quant, base))
+    give_back_freed_memory()
+    return decoder
 
 
 def assemble(reader: Reader) -> Decoder:
