@@ -26,13 +26,17 @@ from torch import Tensor
 
 import process
 import report
-from lorimer.config import TrainConfig
+from lorimer.config import QuantConfig, TrainConfig
 from lorimer.kernels import dispatch, products, reference
+from lorimer.kernels.codes import BLOCKS
 from lorimer.kernels.dispatch import Heads, Norm
 from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native import elementwise
 from lorimer.kernels.native.library import usable
 from lorimer.lora.layers import Adapter, LoraSpec
+from lorimer.quant.gguf_encode import encode
+from lorimer.quant.linear import QuantLinear
+from lorimer.quant.storage import keep, quantise
 from lorimer.train.optimizer import AdamW
 
 # Letters: T tokens, H hidden, N query heads, K key/value heads, D head size, B rows, L tokens of a row.
@@ -42,6 +46,7 @@ ADAPTER = 4_884_480  # parameters at r 16 on all linear layers
 PRODUCTS = {"qkv": (576, 960), "output": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}
 TOKENS, POSITIONS = (64, 512, 2048), (128, 512, 2048)
 ROWS = {"16 rows of 60": (16, 60), "1 row of 2048": (1, 2048)}
+QUANTISED = ("nf4", "int8", "Q8_0", "Q4_K", "Q6_K")
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Work = Callable[[], Any]
@@ -79,6 +84,36 @@ def matmul_cases(dtype: str) -> Iterator[Case]:
                 *("matmul input gradient", size, dtype),
                 ours=lambda g=grad_TO, w=weight_OI: products.input_grad(g, w),
                 torchs=[lambda g=grad_TO, w=weight_OI: g @ w],
+                flops=flops,
+            )
+
+
+def quantised_cases(dtype: str) -> Iterator[Case]:
+    """Products of a weight that is decoded inside; torch gets the same weight already decoded."""
+    kind = TYPES[dtype]
+    inputs, outputs = PRODUCTS["down"]
+    weight_OI = torch.randn(outputs, inputs).mul_(inputs**-0.5)
+    for name in QUANTISED:
+        if name in BLOCKS:
+            part = keep(encode(weight_OI, name), name, (outputs, inputs), None)
+        else:
+            part = quantise(lambda: iter([weight_OI]), (outputs, inputs), QuantConfig(kind=name))
+        weight = QuantLinear([part], kind)
+        dense_OI = weight.dequantise(kind)
+        for tokens in TOKENS:
+            states_TI, grad_TO = torch.randn(tokens, inputs).to(kind), torch.randn(tokens, outputs).to(kind)
+            size = f"{name} {inputs}x{outputs}, {tokens} tokens"
+            flops = 2.0 * tokens * inputs * outputs
+            yield Case(
+                *("quantised forward", size, dtype),
+                ours=lambda x=states_TI, w=weight: w.forward(x),
+                torchs=[lambda x=states_TI, w=dense_OI: F.linear(x, w)],
+                flops=flops,
+            )
+            yield Case(
+                *("quantised gradient", size, dtype),
+                ours=lambda g=grad_TO, w=weight: w.input_grad(g),
+                torchs=[lambda g=grad_TO, w=dense_OI: g @ w],
                 flops=flops,
             )
 
@@ -268,6 +303,7 @@ def adamw_cases(dtype: str) -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "matmul": matmul_cases,
+    "quantised": quantised_cases,
     "head": head_cases,
     "attention": attention_cases,
     "pointwise": pointwise_cases,

@@ -176,3 +176,4 @@ def test_a_budget_that_is_too_short_says_so(
     monkeypatch.setattr(loop_module, "load_decoder", slow)
     with pytest.raises(ConfigError, match=r"`train\.budget` is 20 s, and loading took 30 s"):
         train(settings(tmp_path, base, train__budget="20s"))
+    assert not (tmp_path / "runs").exists()

@@ -233,6 +233,8 @@ def test_the_command(
         [],
         [str(tmp_path)],
         ["c.yaml", "lora.r=0"],
+        ["c.yaml", "--tflops", "0"],
+        ["c.yaml", "--tflops", "-1"],
     ):
         assert app.run(["plan", *wrong]) == 2
         assert "Traceback" not in capsys.readouterr().err

@@ -53,12 +53,14 @@ def plan(
 
     No weight is read. A model's folder or config.json alone is planned at its longest rows.
     """
-    from lorimer.errors import ConfigError
+    from lorimer.errors import ConfigError, UserError
     from lorimer.train.plan import alternatives
 
     if guide:
         _guide()
         return
+    if tflops is not None and not 0 < tflops < float("inf"):
+        raise UserError(f"--tflops {tflops:g} is no speed", fix="For example: --tflops 1.5")
     if config is None:
         raise ConfigError("no config file is given", fix="Give a YAML file or a folder with a config.json.")
     found, base, program = _planned(config, settings or [], device, tflops)

@@ -94,7 +94,8 @@ def _wrong_value(place: Place, item: ErrorDetails) -> Problem:
         else f"is {found_text(value)}"
     )
     text = f"`{key}` {said} (wanted: {SETTINGS[key].wanted})"
-    return Problem(place, text, _value_fix(value, item["type"]))
+    fix = None if "a time" in SETTINGS[key].wanted else _value_fix(value, item["type"])
+    return Problem(place, text, fix)
 
 
 def _value_fix(value: Any, kind: str) -> str | None:

@@ -15,6 +15,11 @@ from lorimer.config.presets import PRESETS
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PRESET_NAMES = tuple(PRESETS)
+DURATION = r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s)$"
+Duration = Annotated[
+    str,
+    Field(pattern=DURATION, json_schema_extra={"wanted": "a time as 3h, 1h30m or 120s"}),
+]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "never"]
 
 
@@ -155,9 +160,8 @@ class TrainConfig(Block):
         examples=[100],
         description="Train for this many optimizer steps, whatever `epochs` says.",
     )
-    budget: str | None = Field(
+    budget: Duration | None = Field(
         None,
-        pattern=r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s)$",
         examples=["1h30m"],
         description="Time for the whole run, as 3h, 90m or 120s: the schedule fits it, whatever `epochs` "
         "says.",
@@ -313,7 +317,9 @@ def _wanted(schema: Mapping[str, Any]) -> str:
         return f"a list ({_wanted(schema['items'])})"
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
     if schema["type"] == "string":
-        return f"text that matches {schema['pattern']}" if "pattern" in schema else "text"
+        if "pattern" not in schema:
+            return "text"
+        return str(schema.get("wanted", f"text that matches {schema['pattern']}"))
     bounds = {
         "minimum": "from",
         "exclusiveMinimum": "above",

@@ -108,6 +108,8 @@ def train(
     session = Session(config, reporter)
     if profile is not None:
         session.plan_profile(profile, run)
+    if session.deadline is not None:
+        session.deadline.check()
     session.open_folder(run)
     try:
         session.restore_if_any(resuming=run is not None)
