@@ -13,6 +13,7 @@ help:
 	@echo "make llamacpp    exported files in llama.cpp, compiled here: same tokens, same score?"
 	@echo "make large       random bases of 1.1B and 7B in NF4: memory and time (writes 14 GB, deletes them)"
 	@echo "make memory      24 runs: planned against measured peak memory"
+	@echo "make crashes     some 500 kills and 1,700 disk faults, each run resumed and compared: 80 minutes"
 	@echo "make docs        write the generated pages of docs/ anew"
 	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
 	@echo "make clean       delete the virtual environments and caches"
@@ -43,6 +44,10 @@ large: $(VENV)/.installed
 memory: $(VENV)/.installed
 	$(RUN)/lorimer pull smollm2-135m
 	$(RUN)/python benchmarks/memory.py
+
+crashes: $(VENV)/.installed-test
+	$(RUN)/python tests/crash/kills.py
+	$(RUN)/python tests/crash/disks.py
 
 llamacpp: .venv-llamacpp/.installed
 	.venv-llamacpp/bin/lorimer pull smollm2-135m
@@ -93,4 +98,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 clean:
 	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .venv-llamacpp .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help quickstart test bench bench-all large memory llamacpp docs sanitize clean
+.PHONY: help quickstart test bench bench-all large memory crashes llamacpp docs sanitize clean

@@ -18,6 +18,7 @@ from lorimer.errors import StorageError
 from lorimer.storage import (
     check_space,
     check_writable,
+    clear_staged,
     verify_folder,
     write_file,
     write_folder,
@@ -85,7 +86,7 @@ POINTS = [("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4), ("rename", 1)]
 
 @pytest.mark.parametrize(
     ("name", "at", "old"),
-    [(*point, old) for point in POINTS for old in (True, False)] + [("rename", 2, True)],
+    [(*point, old) for point in POINTS for old in (True, False)] + [("rename", 2, True), ("swap", 1, True)],
 )
 def test_a_failure_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int, old: bool
@@ -93,15 +94,41 @@ def test_a_failure_leaves_what_was_there(
     if old:
         write_folder(tmp_path / "x", filler(OLD))
     before = tree(tmp_path)
-    failing = Failing(getattr(os, name), at)
+    where, called = (storage, "_exchange") if name == "swap" else (os, name)
+    failing = Failing(getattr(where, called), at)
     with monkeypatch.context() as patch:
-        patch.setattr(os, name, failing)
+        if name == "rename":  # the way of systems that cannot swap two folders
+            patch.setattr(storage, "_exchange", lambda one, other: False)
+        patch.setattr(where, called, failing)
         with pytest.raises(StorageError, match="No space left on device"):
             write_folder(tmp_path / "x", filler(NEW))
     assert failing.times >= at
     assert tree(tmp_path) == before
     assert [entry.name for entry in tmp_path.iterdir()] == (["x"] if old else [])
     assert not old or verify_folder(tmp_path / "x") is None
+
+
+def test_where_folders_cannot_be_swapped_one_is_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+    for files in (OLD, NEW):
+        write_folder(tmp_path / "x", filler(files))
+    assert content(tmp_path / "x") == NEW
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_dead_writers_left_is_cleared_and_what_they_moved_aside_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".staged-x-7").mkdir()
+    (tmp_path / ".staged-x-7" / "half").write_text("h")
+    (tmp_path / ".staged-run.json-7").write_text("{")
+    for name in ("kept", "gone"):
+        (tmp_path / f".staged-old-{name}-7").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "new").write_text("n")
+    clear_staged(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["gone", "kept"]
+    assert (tmp_path / "kept" / "new").exists()
 
 
 @pytest.mark.parametrize(

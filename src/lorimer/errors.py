@@ -11,6 +11,7 @@
     ├── StorageError             4   a disk, a permission, a path that cannot be written
     ├── DivergenceError          1   a loss or gradient that is not finite
     └── Interrupted            130   Ctrl-C, after the state was saved
+        └── Terminated         143   the same on SIGTERM
 
 A message names the thing, what was found, what was wanted and what to do. The command line
 prints it as it is and exits with the code; a traceback means a bug in lorimer.
@@ -89,3 +90,7 @@ class DivergenceError(LorimerError):
 
 class Interrupted(LorimerError):
     exit_code = 130
+
+
+class Terminated(Interrupted):
+    exit_code = 143

@@ -18,13 +18,21 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorimer.errors import ConfigError
-from lorimer.storage import STAGED, make_folder, storage_errors, write_file, write_json
+try:
+    import fcntl
+except ImportError:  # not on Windows: two processes on one run are not noticed there
+    fcntl = None  # type: ignore[assignment]
 
+from lorimer.errors import ConfigError, UserError
+from lorimer.storage import STAGED, clear_staged, make_folder, storage_errors, write_file, write_json
+
+LOCK = ".lock"
 STEP = re.compile(r"step-(\d+)")
 
 
@@ -96,6 +104,31 @@ class RunFolder:
         """Add to run.json, or change what is there."""
         write_json(self.record, self.read_record() | facts)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this run alone; what a process that died has left half-written is cleared.
+
+        The system gives the lock back when its holder ends, however that is. Raises UserError if another
+        process holds it.
+        """
+        with storage_errors(self.path), (self.path / LOCK).open("a+", encoding="utf-8") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    raise UserError(
+                        f"another process ({file.read().strip() or 'unknown'}) is training this run",
+                        fix="Wait until it ends, or stop it.",
+                        path=self.path,
+                    ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            for folder in (self.path, *filter(Path.is_dir, self.path.iterdir())):
+                clear_staged(folder)
+            yield
+
     def say(self, text: str) -> None:
         """A line for train.log, with the time."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -131,7 +164,8 @@ def create_run(parent: Path, name: str | None, data: str) -> RunFolder:
 def _point_last(parent: Path, name: str) -> None:
     """`last` is a link where links work, else a file that holds the name."""
     staged = parent / f"{STAGED}last-{os.getpid()}"
-    staged.unlink(missing_ok=True)
+    with storage_errors(parent):
+        staged.unlink(missing_ok=True)
     try:
         staged.symlink_to(name)
         os.replace(staged, parent / "last")

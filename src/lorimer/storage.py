@@ -7,6 +7,7 @@ rename and an fsync of the parent. What fails says which path, and how much spac
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 STAGED = ".staged-"
+ASIDE = f"{STAGED}old-"
+# Of Linux' renameat2: paths from the current folder; swap the two.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -153,11 +157,14 @@ def write_tensors(
 
 
 def _swap(staged: Path, path: Path) -> None:
-    """Rename over a missing folder at once; over an existing one by moving that aside first."""
+    """Rename over a missing folder at once; swap with an existing one, so that one of both is there at
+    every instant. Where the system cannot swap, that one is moved aside first."""
     if not path.exists():
         os.rename(staged, path)
         return
-    aside = path.with_name(f"{STAGED}old-{path.name}-{os.getpid()}")
+    if _exchange(staged, path):
+        return
+    aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
     os.rename(path, aside)
     try:
         os.rename(staged, path)
@@ -165,6 +172,44 @@ def _swap(staged: Path, path: Path) -> None:
         os.rename(aside, path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one call; false where the system or the file system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def clear_staged(folder: Path) -> None:
+    """Delete what writers that died have left in this folder, and put back what one had moved aside.
+
+    Only for a folder that nobody else writes into.
+    """
+    with storage_errors(folder):
+        for entry in sorted(folder.glob(f"{STAGED}*")):
+            name = entry.name.removeprefix(ASIDE).rpartition("-")[0]
+            if entry.name.startswith(ASIDE) and not (folder / name).exists():
+                os.rename(entry, folder / name)
+            elif entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that it is never there in part under its name. What cannot be deleted stays, and
+    `clear_staged` or the next attempt deletes it."""
+    gone = path.with_name(f"{STAGED}gone-{path.name}-{os.getpid()}")
+    with suppress(OSError):
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def verify_folder(path: Path) -> str | None:

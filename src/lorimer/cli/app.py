@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorimer.errors import Interrupted, LorimerError, UserError
+from lorimer.errors import Interrupted, LorimerError, Terminated, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("config", "config:app", "explain the settings of a run"),
         Command("plan", "plan:plan", "memory, time and disk of a run, before it begins"),
         Command("train", "train:train", "train an adapter from a config file"),
+        Command("verify", "verify:verify", "check a run's files, and do its last steps again"),
     ),
     "Prove and use": (
         Command("eval", "eval:evaluate", "scores on held-out rows, against the base"),
@@ -181,7 +182,10 @@ def _fail(message: str, code: int) -> int:
     word = "\033[1;31merror:\033[0m" if colour else "error:"
     sys.stdout.flush()
     # Ctrl-C was asked for, so it is no error.
-    print(message if code == Interrupted.exit_code else f"{word} {message}", file=sys.stderr)
+    print(
+        message if code in (Interrupted.exit_code, Terminated.exit_code) else f"{word} {message}",
+        file=sys.stderr,
+    )
     return code
 
 

@@ -249,7 +249,11 @@ class OutputConfig(Block):
         examples=["home"],
         description="Name of this run's folder.",
     )
-    save_every: Every = Field("epoch", description="Save a checkpoint every N steps, each epoch, or never.")
+    save_every: Every | Duration = Field(
+        "epoch",
+        examples=["10m"],
+        description="Save a checkpoint every N steps, after a time (10m), each epoch, or never.",
+    )
     keep: int = Field(2, ge=1, description="Checkpoints kept besides the best.")
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         default_factory=list,

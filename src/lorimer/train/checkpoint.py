@@ -11,9 +11,8 @@ Order, learning rate and dropout are functions of (seed, step), so they need no 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lorimer.errors import ConfigError, StorageError
 from lorimer.lora.adapter import WEIGHTS
 from lorimer.lora.layers import Adapter
 from lorimer.run import RunFolder
-from lorimer.storage import verify_folder, write_folder, write_tensors
+from lorimer.storage import remove_folder, verify_folder, write_folder, write_tensors
 from lorimer.train.optimizer import Optimizer
 
 FORMAT = 1
@@ -38,6 +37,7 @@ class Progress:
     trained_tokens: int = 0
     train_seconds: float = 0.0
     elapsed: float = 0.0  # of `train.budget`, in seconds
+    evaluated: int = 0  # the step of the last evaluation
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
@@ -69,7 +69,7 @@ def save_checkpoint(
     write_folder(path, fill)
     for step in run.saved_steps()[:-keep]:
         if step != progress.step:
-            shutil.rmtree(run.checkpoint(step), ignore_errors=True)
+            remove_folder(run.checkpoint(step))
     return path
 
 
@@ -88,13 +88,14 @@ def read_progress(path: Path) -> Progress:
     """The state of a verified checkpoint. Raises ConfigError for one of another format."""
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     found = state.pop("format", None)
-    if found != FORMAT:
+    if found != FORMAT or not set(state) <= {item.name for item in fields(Progress)}:
         raise ConfigError(
             f"the checkpoint has the format {found} (this version reads: {FORMAT})",
             fix="Resume it with the version of lorimer that wrote it.",
             path=path,
         )
-    return Progress(**state)
+    # The first version did not note it, and never saved between a step and its evaluation.
+    return Progress(**{"evaluated": state["step"]} | state)
 
 
 def restore(path: Path, adapter: Adapter, optimizer: Optimizer) -> None:

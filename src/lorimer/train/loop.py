@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,15 @@ from lorimer.data.pack import Pack, shared_prefix, split_into_packs
 from lorimer.data.prepare import Prepared, prepare
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.errors import AdapterError, ConfigError, Interrupted, LorimerError, UserError
+from lorimer.errors import (
+    AdapterError,
+    ConfigError,
+    Interrupted,
+    LorimerError,
+    StorageError,
+    Terminated,
+    UserError,
+)
 from lorimer.evaluate.facts import short_path
 from lorimer.evaluate.report import write_report
 from lorimer.evaluate.run import Comparison, Scores, changed_answers, compare_scores, evaluate_rows
@@ -47,7 +55,7 @@ from lorimer.machine import look, memory
 from lorimer.model.load import choose_place, load_decoder
 from lorimer.model.loss import pack_losses
 from lorimer.run import RunFolder, create_run, find_run
-from lorimer.storage import check_writable, write_file
+from lorimer.storage import check_space, check_writable, verify_folder, write_file
 from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
 from lorimer.train.deadline import Deadline, seconds_of
 from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
@@ -65,11 +73,13 @@ from lorimer.train.plan import (
 )
 from lorimer.train.profile import VIEWERS, Profile, table_text
 from lorimer.train.schedule import learning_rate, warmup_steps
-from lorimer.train.step import StepResult, train_step
+from lorimer.train.step import StepGivenUp, StepResult, train_step
 from lorimer.train.trackers import Trackers, open_trackers
 
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
 ENDLESS = 10**9  # steps of a run that only time ends
+# Seconds that a step may go on once somebody asked to stop: those who send SIGTERM wait 30 or so.
+STOP_PATIENCE = 12.0
 
 
 @dataclass(slots=True)
@@ -105,35 +115,49 @@ def train(
     if config is None:
         raise ConfigError("there are no settings to train with", fix="Give a config file.")
     check_writable(Path(config.output.dir))
-    session = Session(config, reporter)
-    if profile is not None:
-        session.plan_profile(profile, run)
-    if session.deadline is not None:
-        session.deadline.check()
-    session.open_folder(run)
+    with ExitStack() as held:
+        if run is not None:
+            held.enter_context(run.locked())
+        session = Session(config, reporter)
+        if profile is not None:
+            session.plan_profile(profile, run)
+        session.check_room()
+        if run is None:
+            held.enter_context(session.new_folder().locked())
+        else:
+            session.run = run
+        try:
+            session.restore_if_any(resuming=run is not None)
+            session.announce()
+            with interruptible() as stop:
+                return _steps(session, stop)
+        except BaseException as error:
+            session.close_record(error)
+            raise
+        finally:
+            session.close()
+
+
+def _steps(session: Session, stop: Stop) -> RunResult:
+    """The run from where it is to its end."""
+    session.stop = stop
     try:
-        session.restore_if_any(resuming=run is not None)
-        session.announce()
         session.begin_budget()
-        with interruptible() as stop:
-            while (step := session.progress.step) < session.total_steps:
-                session.profile_begins()
-                session.one_step(step)
-                if session.evaluation_due(step):
-                    session.evaluate()
-                if session.save_due(step) or stop.asked or session.exhausted:
-                    session.save()
-                session.profile_ends(last=stop.asked or session.exhausted)
-                if session.exhausted:
-                    break
-                if stop.asked and step + 1 < session.total_steps:
-                    raise session.interrupted()
+        session.make_up_evaluation()
+        while (step := session.progress.step) < session.total_steps and not session.exhausted:
+            session.profile_begins()
+            session.one_step(step)
+            if session.evaluation_due(step):
+                session.evaluate()
+            if session.save_due(step) or stop.asked or session.exhausted:
+                session.save()
+            session.profile_ends(last=stop.asked or session.exhausted)
+            if stop.asked:
+                raise session.interrupted()
         return session.finish()
-    except BaseException as error:
-        session.close_record(error)
-        raise
-    finally:
-        session.close()
+    except StepGivenUp:
+        session.save()
+        raise session.interrupted() from None
 
 
 def resumed_run(config: RunConfig | None, resume: str | Path) -> tuple[RunFolder, RunConfig]:
@@ -182,30 +206,42 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Stop:
-    """Set by the first Ctrl-C; the step at hand is finished and saved."""
+    """Set by the first Ctrl-C or SIGTERM; the step at hand is finished and saved, unless it takes long."""
 
-    asked: bool = False
+    number: int | None = None
+    since: float = 0.0
+
+    @property
+    def asked(self) -> bool:
+        return self.number is not None
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the step has had its time: who asked may kill the process soon."""
+        return self.asked and time.monotonic() - self.since > STOP_PATIENCE
 
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """The first SIGINT asks to stop, the second ends at once. Only the main thread can listen."""
+    """The first SIGINT or SIGTERM asks to stop, the second ends at once. Only the main thread listens."""
     stop = Stop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
+            raise Terminated("ended at once") if number == signal.SIGTERM else KeyboardInterrupt
+        stop.number, stop.since = number, time.monotonic()
 
+    numbers = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = signal.signal(signal.SIGINT, on_signal)
+        before = [signal.signal(number, on_signal) for number in numbers]
     except ValueError:
         yield stop
         return
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 class Session:
@@ -250,6 +286,10 @@ class Session:
             self.data.valid, MICRO_BATCH_TOKENS, share=self.shares, trim=self.trims
         )
         self.exhausted = False
+        self.stop = Stop()
+        self._status: Literal["finished", "interrupted", "failed"] = "failed"
+        self._saved_at = time.monotonic()
+        self._trained: dict[str, torch.Tensor] = {}  # the last step's, while the best is in its place
         self.adapter_written = False
         self.planned = self.stream.total_steps
         self._before: Scores | None = None
@@ -259,15 +299,22 @@ class Session:
         self.profile: Profile | None = None
         self.seconds = {"load": time.perf_counter() - started, "eval": 0.0, "save": 0.0}
 
-    def open_folder(self, run: RunFolder | None) -> None:
-        """The run's folder: a new one unless it is resumed."""
+    def check_room(self) -> None:
+        """Raise ConfigError or StorageError if the time is up already, or the disk too full for what the
+        run will leave there."""
+        if self.deadline is not None:
+            self.deadline.check()
+        disk = self.plan.disk
+        # The adapter is written beside the old one.
+        check_space(Path(self.config.output.dir), disk["checkpoints"] + 2 * disk["adapter"])
+
+    def new_folder(self) -> RunFolder:
+        """The folder of a run that begins."""
         config = self.config
-        if run is None:
-            train_file = config.data.train if isinstance(config.data.train, str) else config.data.train[0]
-            run = create_run(Path(config.output.dir), config.output.name, train_file)
-            write_file(run.config, dump_yaml(config))
-        self.run = run
-        self._status: Literal["finished", "interrupted", "failed"] = "failed"
+        train_file = config.data.train if isinstance(config.data.train, str) else config.data.train[0]
+        self.run = create_run(Path(config.output.dir), config.output.name, train_file)
+        write_file(self.run.config, dump_yaml(config))
+        return self.run
 
     def close_record(self, error: BaseException) -> None:
         """Note in run.json and report.html how it ended; a full disk must not hide the first error."""
@@ -371,6 +418,7 @@ class Session:
                     )
             restore(path, self.adapter, self.optimizer)
             self.progress, self.saved_step = progress, progress.step
+            self.exhausted = self._out_of_patience()
             self._say(f"resumed after step {progress.step} from {path.name}")
         elif resuming:
             self._say("there is no whole checkpoint yet: the run begins again")
@@ -533,6 +581,7 @@ class Session:
             dropout=self.dropout,
             places=_places(examples),
             split=split,
+            given_up=lambda: self.stop.overdue,
         )
         if self.last.split is not None:
             self.micro_batch_tokens = self.last.split
@@ -575,17 +624,37 @@ class Session:
     def _due(self, every: int | str, step: int) -> bool:
         if every == "never":
             return False
-        last = step + 1 >= self.total_steps
-        return last or (self.stream.ends_epoch(step) if every == "epoch" else (step + 1) % int(every) == 0)
+        if step + 1 >= self.total_steps:
+            return True
+        if every == "epoch":
+            return self.stream.ends_epoch(step)
+        if isinstance(every, str):
+            return time.monotonic() - self._saved_at >= seconds_of(every)
+        return (step + 1) % every == 0
+
+    def make_up_evaluation(self) -> None:
+        """The evaluation that a run was stopped in, now that it goes on."""
+        done = self.progress.step
+        if done and self.progress.evaluated < done and self.evaluation_due(done - 1):
+            self.evaluate()
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.train.early_stopping_patience
+        return patience is not None and self.progress.evaluations_without_gain >= patience
 
     @trace.stage("evaluation")
     def evaluate(self) -> None:
         """The validation loss, token-weighted; the best adapter so far is kept aside."""
         began = time.perf_counter()
-        total = sum(float(pack_losses(self.model.decoder, pack).sum()) for pack in self.valid_packs)
+        total = 0.0
+        for pack in self.valid_packs:
+            if self.stop.overdue:
+                raise StepGivenUp
+            total += float(pack_losses(self.model.decoder, pack).sum())
         loss = total / sum(pack.trained_tokens for pack in self.valid_packs)
         self.valid_loss = loss
         progress = self.progress
+        progress.evaluated = progress.step
         better = progress.best_loss is None or loss < progress.best_loss
         if better:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -593,8 +662,7 @@ class Session:
             self._write_adapter()
         else:
             progress.evaluations_without_gain += 1
-            patience = self.config.train.early_stopping_patience
-            self.exhausted = patience is not None and progress.evaluations_without_gain >= patience
+            self.exhausted = self._out_of_patience()
         self.seconds["eval"] += time.perf_counter() - began
         if self.deadline is not None:
             self.deadline.reserve("evaluation", time.perf_counter() - began)
@@ -603,7 +671,8 @@ class Session:
         self.trackers.log(progress.step, {"valid_loss": loss})
         self.reporter.evaluation(record)
         if self.exhausted:
-            self._say(f"stopped early: no better validation loss in {patience} evaluations")
+            without = progress.evaluations_without_gain
+            self._say(f"stopped early: no better validation loss in {without} evaluations")
 
     @trace.stage("saving")
     def save(self) -> None:
@@ -611,10 +680,13 @@ class Session:
         if self.saved_step == self.progress.step:
             return
         began = time.perf_counter()
+        self._take_back()
+        self.metrics.sync()
         path = save_checkpoint(
             self.run, self.progress, self.optimizer, self._fill_adapter, keep=self.config.output.keep
         )
         self.saved_step = self.progress.step
+        self._saved_at = time.monotonic()
         self.seconds["save"] += time.perf_counter() - began
         self.reporter.saved(path, self.progress.step)
 
@@ -688,12 +760,26 @@ class Session:
 
     def _take_best(self) -> None:
         """Put the best adapter in place of the last, so that what is proved is what is kept."""
+        if damage := verify_folder(self.run.adapter):
+            raise StorageError(
+                f"the best adapter is damaged: {damage}",
+                fix="`lorimer verify` looks at the whole run; its checkpoints may be whole.",
+                path=self.run.adapter,
+            )
         files = read_adapter(self.run.adapter)
+        self._trained = {name: tensor.detach().clone() for name, tensor in self.adapter.tensors.items()}
         with torch.no_grad():
             for name, tensor in self.adapter.tensors.items():
                 tensor.copy_(files.tensors[name])
         self.adapter.refresh()
         self._say(f"the adapter of step {self.progress.best_step} had the best validation loss and is kept")
+
+    def _take_back(self) -> None:
+        """The last step's adapter again, which a checkpoint is of."""
+        with torch.no_grad():
+            for name, tensor in self._trained.items():
+                self.adapter.tensors[name].copy_(tensor)
+        self._trained = {}
 
     def _prove(self, result: RunResult) -> None:
         """The base and the adapter answer the same held-out rows."""
@@ -720,13 +806,20 @@ class Session:
                 seed=self.config.train.seed,
                 train_on=self.config.data.train_on,
                 name=label,
+                on_progress=self._go_on,
             )
         write_file(self.run.eval / f"{label}.json", json.dumps(scores.to_json(), indent=1))
         return scores
 
+    def _go_on(self, done: int, total: int) -> None:
+        """Answers can be given again: who asked to stop does not wait for all of them."""
+        if self.stop.asked:
+            raise StepGivenUp
+
     def interrupted(self) -> Interrupted:
         command = f"lorimer train --resume {shlex.quote(str(self.run.path))}"
-        return Interrupted(
+        kind = Terminated if self.stop.number == signal.SIGTERM else Interrupted
+        return kind(
             f"stopped after step {self.progress.step} of {self.total_steps}; the state is saved",
             fix=f"Go on with: {command}",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import IO, Any, Protocol
 
 import torch
 
-from lorimer.storage import storage_errors
+from lorimer.storage import storage_errors, write_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class MetricsFile:
             if keep_until is not None and path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 kept = [line for line in lines if _step_of(line) <= keep_until]
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                write_file(path, "".join(line + "\n" for line in kept))
             self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, record: StepRecord | dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +89,11 @@ class MetricsFile:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         return line
+
+    def sync(self) -> None:
+        """Onto the disk: a checkpoint's steps must have their lines."""
+        with storage_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -17,6 +17,10 @@ from lorimer.model.loss import pack_loss
 from lorimer.train.optimizer import Optimizer
 
 
+class StepGivenUp(Exception):
+    """A step was left before its update: nothing has changed."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     loss: float  # mean over the step's trained tokens, nats
@@ -37,19 +41,20 @@ def train_step(
     dropout: LoraDropout | None = None,
     places: Callable[[Pack], str] = lambda pack: f"rows {list(pack.rows)}",
     split: Callable[[int], Sequence[Pack]] | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Update the adapter once. The loss is the sum over trained tokens divided by their number in
     the whole step, counted before the first backward.
 
     When memory runs out before the update, the gradients are cleared and the step is computed again in
     the packs of at most half as many tokens that `split` gives: the same gradient but for rounding.
-    Raises DivergenceError, with nothing updated, if a loss or the gradient is not finite, and
-    LorimerError if single rows do not fit.
+    Raises DivergenceError, with nothing updated, if a loss or the gradient is not finite, StepGivenUp if
+    `given_up` says so before a pack, and LorimerError if single rows do not fit.
     """
     most = None
     while True:
         try:
-            total = _gradients(decoder, packs, step, smoothing, dropout, places)
+            total = _gradients(decoder, packs, step, smoothing, dropout, places, given_up)
             break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -77,11 +82,14 @@ def _gradients(
     smoothing: float,
     dropout: LoraDropout | None,
     places: Callable[[Pack], str],
+    given_up: Callable[[], bool],
 ) -> float:
     """Add up the gradients of all packs; returns the loss of the step."""
     trained = sum(pack.trained_tokens for pack in packs)
     total = 0.0
     for pack in packs:
+        if given_up():
+            raise StepGivenUp
         with trace.stage("forward"):
             masks = dropout.for_pack(step, pack.rows, pack.lengths) if dropout else None
             loss, _ = pack_loss(decoder, pack, weight=1.0 / trained, smoothing=smoothing, dropouts=masks)
