@@ -6,6 +6,7 @@
     │   ├── DataError                a row or a data file
     │   ├── BaseError                the files of a base model
     │   ├── TemplateError            a chat template
+    │   ├── PreflightError           what is checked before the first step
     │   └── AdapterError             an adapter folder, or its fit to a base
     ├── GateError                3   a result below what was asked for
     ├── StorageError             4   a disk, a permission, a path that cannot be written
@@ -73,6 +74,10 @@ class TemplateError(UserError):
 
 
 class AdapterError(UserError):
+    pass
+
+
+class PreflightError(UserError):
     pass
 
 

@@ -45,6 +45,33 @@ def set_gradient(adapter: Adapter, step: int, size: float = 1.0) -> None:
     adapter.flat.grad.copy_(size * torch.randn(adapter.flat.shape, generator=generator))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_loraplus_gives_b_a_learning_rate_of_its_own(tiny: Tiny, kind: str) -> None:
+    adapter = make_adapter(tiny)
+    given = {"optimizer": kind, "loraplus_lr_ratio": 8.0, "max_grad_norm": 0.0, "weight_decay": 0.0}
+    mine = make_optimizer(adapter, TrainConfig.model_validate(given))
+    copies = {name: t.detach().clone() for name, t in adapter.tensors.items() if name != "lm_head.weight"}
+    ups = [t for name, t in copies.items() if ".lora_B." in name]
+    assert sum(t.numel() for t in ups) == adapter.ups.stop - adapter.ups.start
+    groups = [
+        {"params": ups, "lr": 8e-3},
+        {"params": [t for name, t in copies.items() if ".lora_B." not in name], "lr": 1e-3},
+    ]
+    theirs = (
+        torch.optim.AdamW(groups, weight_decay=0.0)
+        if kind == "adamw"
+        else torch.optim.SGD(groups, momentum=0.9)
+    )
+    for step in range(5):
+        set_gradient(adapter, step)
+        for name, t in copies.items():
+            t.grad = adapter.tensors[name].grad.clone()  # type: ignore[union-attr]
+        mine.step(1e-3)
+        theirs.step()
+    for name, t in copies.items():
+        torch.testing.assert_close(adapter.tensors[name].detach(), t, rtol=2e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
 @pytest.mark.parametrize("plain", [False, True])
 def test_equals_torch_on_separate_tensors(tiny: Tiny, max_norm: float, plain: bool) -> None:

@@ -36,6 +36,10 @@ def train(
         int | None,
         typer.Option(metavar="N", min=1, help="Profile so many steps in place of 5.", show_default=False),
     ] = None,
+    skip_preflight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Leave out a check before the first step.", show_default=False),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, and progress to stderr.")
     ] = False,
@@ -62,7 +66,9 @@ def train(
     chosen = read_settings(given, resume)
     steps = profile_steps or (DEFAULT_STEPS if profile else None)
     with open_progress(sys.stderr if json else None) as reporter:
-        result = run_training(chosen, resume=resume, reporter=reporter, profile=steps)
+        result = run_training(
+            chosen, resume=resume, reporter=reporter, profile=steps, skip_preflight=skip_preflight or ()
+        )
     if json:
         typer.echo(json_text.dumps(summary(result), indent=2))
 

@@ -115,7 +115,7 @@ OTHER_NAMES: dict[str, str] = {
     "loftq_config": "no: LoftQ is not offered",
     "init_lora_weights": "no: A is drawn from the seed as PEFT draws it and B is zero",
     "fan_in_fan_out": "no: it follows from the base",
-    "loraplus_lr_ratio": "no: one learning rate is used for all of the adapter",
+    "loraplus_lr_ratio": "train.loraplus_lr_ratio",
     # optimisation
     **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "train.epochs"),
     "iters": "train.max_steps",

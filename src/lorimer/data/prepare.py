@@ -16,6 +16,8 @@ from lorimer.data.rows import Row, read_rows, split_rows
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.errors import DataError
 
+LOOKED_AT = 64
+
 
 @dataclass(slots=True)
 class Prepared:
@@ -25,6 +27,7 @@ class Prepared:
     valid: list[Example]
     test: list[Conversation]
     notes: list[str] = field(default_factory=list)
+    looked_at: list[tuple[Conversation, Example]] = field(default_factory=list)  # kept rows, for preflight
 
     @property
     def tokens(self) -> int:
@@ -52,11 +55,13 @@ def prepare(config: DataConfig, template: ChatTemplate, *, seed: int) -> Prepare
         rows, more_valid, more_test = split_rows(rows, config.valid_fraction, config.test_fraction, seed)
         valid, test = valid or more_valid, test or more_test
     notes: list[str] = []
+    looked_at: list[tuple[Conversation, Example]] = []
     return Prepared(
-        train=_examples("train", rows, config, template, notes),
+        train=_examples("train", rows, config, template, notes, looked_at),
         valid=_examples("valid", valid, config, template, notes) if valid else [],
         test=list(conversations(test, config)),
         notes=notes,
+        looked_at=looked_at,
     )
 
 
@@ -66,11 +71,18 @@ def conversations(rows: Iterable[Row], config: DataConfig) -> Iterable[Conversat
 
 
 def _examples(
-    split: str, rows: Sequence[Row], config: DataConfig, template: ChatTemplate, notes: list[str]
+    split: str,
+    rows: Sequence[Row],
+    config: DataConfig,
+    template: ChatTemplate,
+    notes: list[str],
+    looked_at: list[tuple[Conversation, Example]] | None = None,
 ) -> list[Example]:
-    """Tokenise one split and apply `data.too_long`; the notes name the rows it touched."""
+    """Tokenise one split and apply `data.too_long`; the notes name the rows it touched. Some rows, spread
+    evenly, are kept as conversations too where `looked_at` is given."""
     kept, long, lost = [], [], []
-    for conversation in conversations(rows, config):
+    every = max(1, len(rows) // LOOKED_AT)
+    for number, conversation in enumerate(conversations(rows, config)):
         example = template.encode(conversation, config.train_on)
         if len(example.ids) > config.max_tokens:
             long.append(example)
@@ -83,6 +95,8 @@ def _examples(
             lost.append(example)
             continue
         kept.append(example)
+        if looked_at is not None and number % every == 0:
+            looked_at.append((conversation, example))
     _report_long(split, long, config, notes)
     if lost:
         notes.append(f"{split}: {len(lost)} rows left out, nothing in them is trained ({_places(lost)})")

@@ -107,6 +107,15 @@ class Adapter:
         """How many first numbers of the buffer decay: matrices; biases and norms follow."""
         return sum({t.data_ptr(): t.numel() for t in self.tensors.values() if t.dim() > 1}.values())
 
+    @property
+    def ups(self) -> slice:
+        """Where the B factors lie in the buffer."""
+        sizes = [
+            sum(tensor.numel() for name, tensor in self.tensors.items() if kind in name)
+            for kind in (".lora_A.", ".lora_B.")
+        ]
+        return slice(sizes[0], sum(sizes))
+
 
 def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed: int = 0) -> Adapter:
     """Put adapters on these layers of the decoder. At once they change nothing: B begins as zeros.
@@ -225,7 +234,7 @@ def _slot_value(slot: NormSlot | Table) -> Tensor:
 
 def _allocate(pieces: list[_Piece], spec: LoraSpec, device: torch.device) -> Adapter:
     """One flat buffer, and for each piece a leaf tensor that is a view of it, gradient included."""
-    pieces = sorted(pieces, key=lambda piece: len(piece.shape) < 2)  # stable: matrices first
+    pieces = sorted(pieces, key=_order)
     total = sum(math.prod(piece.shape) for piece in pieces)
     flat = torch.nn.Parameter(torch.empty(total, dtype=torch.float32, device=device))
     flat.grad = torch.zeros_like(flat)
@@ -238,6 +247,13 @@ def _allocate(pieces: list[_Piece], spec: LoraSpec, device: torch.device) -> Ada
             piece.initial(tensors[piece.name])
         start += size
     return Adapter(spec, flat, tensors)
+
+
+def _order(piece: _Piece) -> int:
+    """A, then B, then matrices trained in full, then biases and norms."""
+    if len(piece.shape) < 2:
+        return 3
+    return next((n for n, kind in enumerate((".lora_A.", ".lora_B.")) if kind in piece.name), 2)
 
 
 def _leaf(flat: torch.nn.Parameter, start: int, shape: tuple[int, ...]) -> Tensor:

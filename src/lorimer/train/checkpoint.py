@@ -24,7 +24,7 @@ from lorimer.run import RunFolder
 from lorimer.storage import remove_folder, verify_folder, write_folder, write_tensors
 from lorimer.train.optimizer import Optimizer
 
-FORMAT = 1
+FORMAT = 2  # 1 had the optimizer's numbers in another order
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
@@ -94,8 +94,7 @@ def read_progress(path: Path) -> Progress:
             fix="Resume it with the version of lorimer that wrote it.",
             path=path,
         )
-    # The first version did not note it, and never saved between a step and its evaluation.
-    return Progress(**{"evaluated": state["step"]} | state)
+    return Progress(**state)
 
 
 def restore(path: Path, adapter: Adapter, optimizer: Optimizer) -> None:

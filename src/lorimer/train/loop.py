@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +71,7 @@ from lorimer.train.plan import (
     resident_bytes,
     size_text,
 )
+from lorimer.train.preflight import Subject, Tick, timed
 from lorimer.train.profile import VIEWERS, Profile, table_text
 from lorimer.train.schedule import learning_rate, warmup_steps
 from lorimer.train.step import StepGivenUp, StepResult, train_step
@@ -102,13 +103,14 @@ def train(
     resume: str | Path | None = None,
     reporter: Reporter | None = None,
     profile: int | None = None,
+    skip_preflight: Collection[str] = (),
 ) -> RunResult:
     """Train an adapter as the settings say, and prove it on the held-out rows if there are any.
 
     `resume` names a run (its folder, its name, or "last") that goes on from its newest whole
     checkpoint; `config` may then be None or change what may change. `profile` is a number of steps
-    whose time is explained. Raises the errors of lorimer.errors; Interrupted after Ctrl-C, once the
-    state is saved.
+    whose time is explained; `skip_preflight` names checks of train/preflight.py. Raises the errors of
+    lorimer.errors; Interrupted after Ctrl-C, once the state is saved.
     """
     reporter = reporter or Silent()
     run, config = (None, config) if resume is None else resumed_run(config, resume)
@@ -123,6 +125,7 @@ def train(
             session.plan_profile(profile, run)
         session.check_room()
         if run is None:
+            session.preflight(skip_preflight)
             held.enter_context(session.new_folder().locked())
         else:
             session.run = run
@@ -285,6 +288,7 @@ class Session:
         self.valid_packs = split_into_packs(
             self.data.valid, MICRO_BATCH_TOKENS, share=self.shares, trim=self.trims
         )
+        self.ticks: list[Tick] = []
         self.exhausted = False
         self.stop = Stop()
         self._status: Literal["finished", "interrupted", "failed"] = "failed"
@@ -307,6 +311,11 @@ class Session:
         disk = self.plan.disk
         # The adapter is written beside the old one.
         check_space(Path(self.config.output.dir), disk["checkpoints"] + 2 * disk["adapter"])
+
+    def preflight(self, skip: Collection[str]) -> None:
+        """The checks before the first step. Raises PreflightError, with nothing written yet."""
+        subject = Subject(self.config, self.model, self.adapter, self.data, self.shares, self.trims)
+        self.ticks, self.seconds["preflight"] = timed(subject, skip)
 
     def new_folder(self) -> RunFolder:
         """The folder of a run that begins."""
@@ -523,6 +532,13 @@ class Session:
             info=info,
         )
         self.reporter.start(info)
+        if self.ticks:
+            self.run.update_record(
+                preflight={tick.name: "skipped" if tick.skipped else tick.text for tick in self.ticks}
+            )
+            self._say(f"preflight, {self.seconds['preflight']:.1f} s")
+            for tick in self.ticks:
+                self._say(f"  {tick}")
         for note in self.data.notes:
             self._say(note)
 

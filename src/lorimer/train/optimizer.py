@@ -7,7 +7,8 @@ lion           one moment, steps of one size (arXiv 2302.06675)
 sgd            with momentum
 adafactor      torch's: a row and a column of moments for each matrix (arXiv 1804.04235)
 
-Biases and norm weights do not decay; the adapter keeps them at the end of its buffer.
+Biases and norm weights do not decay; the adapter keeps them at the end of its buffer. With LoRA+ (arXiv
+2402.12354) B's learning rate is a multiple of A's.
 """
 
 from __future__ import annotations
@@ -52,8 +53,16 @@ class Optimizer(ABC):
             return norm
         most = self.config.max_grad_norm
         self.steps += 1
+        scale = most / (norm + 1e-6) if most and norm > most else 1.0
         with torch.no_grad():
-            self._update(learning_rate, most / (norm + 1e-6) if most and norm > most else 1.0)
+            if (ratio := self.config.loraplus_lr_ratio) == 1.0:
+                self._update(learning_rate, scale)
+            else:
+                # What every optimizer here does to a number is proportional to the learning rate.
+                ups = self.adapter.flat.data[self.adapter.ups]
+                before = ups.clone()
+                self._update(learning_rate, scale)
+                torch.lerp(before, ups, ratio, out=ups)
         with trace.stage("refresh"):
             self.adapter.refresh()
         return norm
