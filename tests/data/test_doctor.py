@@ -52,6 +52,43 @@ def found(report: Report) -> dict[str, tuple[str, list[int]]]:
 # rows put after five good ones (so the first is line 6), settings, what is found
 PLANTED: dict[str, tuple[list[Any], dict[str, Any], dict[str, tuple[str, list[int]]]]] = {
     "nothing": ([], {}, {}),
+    "a placeholder": (
+        [chat("answer {question}", "x"), chat("dear [insert name]", "x"), chat("f{x} and {} and [i]", "x")],
+        {},
+        {"placeholder": ("warning", [6, 7])},
+    ),
+    "a wrong encoding": (
+        [
+            chat("caf\u00c3\u00a9", "x"),
+            chat("it\u00e2\u20ac\u2122s", "x"),
+            chat("bad \ufffd", "x"),
+            chat("café Ã É â", "x"),
+        ],
+        {},
+        {"broken-text": ("warning", [6, 7, 8])},
+    ),
+    "hidden characters": (
+        [chat("a\u200bb", "x"), chat("a\x07", "x"), chat("a\tb\n", "x")],
+        {},
+        {"hidden-characters": ("note", [6, 7])},
+    ),
+    "space around an answer": (
+        [chat("a b", " x"), chat("a c", "x\n"), chat("a d ", "x y")],
+        {},
+        {"edge-space": ("note", [6, 7])},
+    ),
+    "an echo": ([chat("say it", " say it ")], {}, {"echo": ("note", [6]), "edge-space": ("note", [6])}),
+    "json but for one": (
+        [chat(f"give {n}", json.dumps({"n": n})) for n in range(60)] + [chat("give it", '{"n": 1')],
+        {},
+        # The five good rows are no JSON either.
+        {"json-broken": ("warning", [1, 2, 3, 4, 5, 66])},
+    ),
+    "one answer": (
+        [chat(f"ask {n}", "yes") for n in range(60)],
+        {},
+        {"one-answer": ("warning", list(range(6, 66)))},
+    ),
     "syntax": (['{"messages"', "nonsense"], {}, {"unreadable": ("error", [6, 7])}),
     "unknown role": (
         [{"messages": [turn("robot", "x")]}, GOOD[0]["messages"]],
@@ -63,7 +100,7 @@ PLANTED: dict[str, tuple[list[Any], dict[str, Any], dict[str, tuple[str, list[in
     "empty answer": ([chat("x", "")], {}, {"empty-answer": ("warning", [6])}),
     "blank answer": ([chat("x", " \n")], {}, {"empty-answer": ("warning", [6])}),
     "empty question": ([chat(" ", "x")], {}, {"empty-question": ("warning", [6])}),
-    "duplicate": ([chat("what is  0 AND 0", "0 ")], {}, {"duplicate": ("warning", [6])}),
+    "duplicate": ([chat("what is  0 AND 0 ", "0")], {}, {"duplicate": ("warning", [6])}),
     "duplicate in another format": (
         [{"prompt": "what is 0 and 0", "completion": "0"}],
         {},
@@ -71,7 +108,7 @@ PLANTED: dict[str, tuple[list[Any], dict[str, Any], dict[str, tuple[str, list[in
     ),
     "contradiction": ([chat("what is 3 and 3", "7")], {}, {"contradiction": ("warning", [4, 6])}),
     "same answer in other case": (
-        [chat("x", "Yes"), chat("x", " yes")],
+        [chat("x", "Yes"), chat("x", "yes")],
         {},
         {"duplicate": ("warning", [7])},
     ),
@@ -140,10 +177,21 @@ def test_no_false_alarm_on_the_recipes(train: Path, template: ChatTemplate) -> N
 
 
 @pytest.mark.trap(23)
+def test_rows_that_ask_nearly_the_same_in_two_splits(tmp_path: Path, template: ChatTemplate) -> None:
+    asked = "please tell me in a few short words how one makes a good loaf of rye bread without an oven"
+    asked += " and which flour to buy for it when the shop around the corner has only two kinds of it left"
+    edited = asked.replace("short", "shorter")
+    train = write(tmp_path, "train.jsonl", [*GOOD, chat(asked, "x")])
+    test = write(tmp_path, "test.jsonl", [chat("something else", "y"), chat(edited, "z")])
+    report = check(DataConfig(train=train, test=test), template)
+    assert [(f.code, f.places) for f in report.findings] == [("near-shared", (f"{test}:2 ~ {train}:6",))]
+
+
+@pytest.mark.trap(23)
 def test_rows_shared_between_splits(tmp_path: Path, template: ChatTemplate) -> None:
     """Every planted copy is found, whatever its case and spacing, and nothing else."""
     fresh = [chat(f"new {n}", "x") for n in range(4)]
-    shouted = [chat(f"  WHAT is\n{n} and {n}", f"{2 * n} ") for n in range(3)]
+    shouted = [chat(f"  WHAT is\n{n} and  {n} ", f"{2 * n}") for n in range(3)]
     train = write(tmp_path, "train.jsonl", GOOD)
     valid = write(tmp_path, "valid.jsonl", [*fresh[:2], GOOD[4]])
     test = write(tmp_path, "test.jsonl", [*shouted, *fresh, chat("what is 3 and 3", "nine")])

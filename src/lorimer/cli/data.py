@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorimer.data.show import Stretch
     from lorimer.data.template import ChatTemplate
 
-app = typer.Typer(no_args_is_help=True, help="Look at training data: `check` what is wrong, `show` rows.")
+app = typer.Typer(no_args_is_help=True, help="Look at training data: `check` it, `show` rows, `split` it.")
 
 DEFAULT_BASE = "smollm2-135m"
 WIDTH = 60
@@ -54,11 +54,17 @@ def check(
     format: Format = None,
     system: System = None,
     chat_template: Template = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write repaired copies there.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """What is wrong with the rows, by file and line, and how many tokens they come to.
 
-    Example: lorimer data check train.jsonl --test test.jsonl
+    Example: lorimer data check train.jsonl --test test.jsonl --fix clean
+
+    A repaired copy lacks the rows that are broken, doubled or also held out, and what cannot be seen.
 
     Ends with 2 if there is an error, else with 0. Without --base, and with no base kept here, tokens
     are not counted.
@@ -85,11 +91,78 @@ def check(
         if base is not None:
             raise
         report = doctor.check(config, None)
+    mended = _mend(config, report, fix) if fix is not None else {}
     if json:
-        typer.echo(json_text.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        value = report.to_dict() | ({"mended": mended} if mended else {})
+        typer.echo(json_text.dumps(value, indent=2, ensure_ascii=False))
     else:
         typer.echo(visible("\n".join(report_lines(report, base or DEFAULT_BASE))))
+        for name, facts in mended.items():
+            why = ", ".join(
+                f"{count} {code}" for code, count in (facts["left_out"] | facts["changed"]).items()
+            )
+            typer.echo(f"{name}: {facts['before']:,} rows, {facts['after']:,} in {facts['path']}")
+            if why:
+                typer.echo("\n".join(_wrapped(why, "  ")))
     raise typer.Exit(0 if report.ok else 2)
+
+
+def _mend(config: DataConfig, report: Report, out: Path) -> dict[str, dict[str, Any]]:
+    from dataclasses import asdict
+
+    from lorimer.data.mend import mend
+
+    return {name: asdict(one) | {"path": str(one.path)} for name, one in mend(config, report, out).items()}
+
+
+@app.command()
+def split(
+    file: Annotated[str, typer.Argument(help="Rows: a file or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The folder to write train, valid and test into.")],
+    valid: Annotated[float, typer.Option(help="Share of the rows for validation.")] = 0.05,
+    test: Annotated[float, typer.Option(help="Share of the rows to hold out.")] = 0.1,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Rows of one value stay together.", show_default=False),
+    ] = None,
+    near: Annotated[bool, typer.Option(help="Rows that ask nearly the same stay together.")] = True,
+    seed: Annotated[int, typer.Option(help="Another seed splits otherwise.")] = 0,
+    format: Format = None,
+) -> None:
+    """Rows into train, valid and test, so that none is answered by another.
+
+    Example: lorimer data split all.jsonl --out parts --test 0.1 --group user
+
+    Rows that ask the same always stay together.
+    """
+    from lorimer.data.rows import read_rows
+    from lorimer.data.split import split as split_into
+    from lorimer.errors import UserError
+    from lorimer.storage import make_folder, write_file
+
+    if valid < 0 or test < 0 or valid + test >= 1:
+        raise UserError(
+            f"--valid {valid:g} and --test {test:g} leave nothing to train on", fix="Give shares below 1."
+        )
+    names = [name for name, share in (("train", 1.0), ("valid", valid), ("test", test)) if share]
+    for name in names:
+        if (out / f"{name}.jsonl").exists():
+            raise UserError(
+                "there is something there already", fix="Choose a new folder.", path=out / f"{name}.jsonl"
+            )
+    rows = read_rows(file)
+    parts = dict(
+        zip(
+            ("train", "valid", "test"),
+            split_into(rows, valid, test, group=group, near=near, seed=seed, format=format or "auto"),
+            strict=True,
+        )
+    )
+    make_folder(out)
+    for name in names:
+        lines = [json_text.dumps(row.value, ensure_ascii=False, default=str) for row in parts[name]]
+        write_file(out / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+        typer.echo(f"{name:<6}{len(lines):>9,} rows  {out / f'{name}.jsonl'}")
 
 
 @app.command()

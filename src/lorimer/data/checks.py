@@ -5,6 +5,8 @@ ROW_CHECKS look at one row each; the functions after it compare rows with each o
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 
 from lorimer.config import DataConfig
 from lorimer.data.conversation import Conversation, Message
+from lorimer.data.near import near_prompts
 from lorimer.data.rows import row_key
 from lorimer.data.template import ChatTemplate, Example
 
@@ -137,6 +140,40 @@ def _late_system(one: Checked, _: Context) -> bool:
     return any(turn.role == "system" for turn in one.conversation.messages[1:])
 
 
+PLACEHOLDER = re.compile(
+    r"\{\{\s*[\w.]+\s*\}\}|\{(?:input|instruction|question|answer|context|prompt|output|response|text)\}"
+    r"|\[(?:insert|your|fill in)\b[^\]]*\]|<(?:placeholder|insert)\b[^>]*>",
+    re.IGNORECASE,
+)
+# UTF-8 read as Latin-1 or Windows-1252, and what could not be read at all.
+BROKEN = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac|\u00c2[\u0080-\u00bf]|\ufffd")
+HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
+
+
+def _placeholder(one: Checked, _: Context) -> bool:
+    return any(PLACEHOLDER.search(text) for text in _texts(one))
+
+
+def _broken_text(one: Checked, _: Context) -> bool:
+    return any(BROKEN.search(text) for text in _texts(one))
+
+
+def _hidden_characters(one: Checked, _: Context) -> bool:
+    return any(HIDDEN.search(text) for text in _texts(one))
+
+
+def _edge_space(one: Checked, _: Context) -> bool:
+    return any(turn.content != turn.content.strip() for turn in one.answers if turn.content.strip())
+
+
+def _echo(one: Checked, _: Context) -> bool:
+    turns = one.conversation.messages
+    return any(
+        a.role == "user" and b.role == "assistant" and a.content.strip() == b.content.strip() != ""
+        for a, b in pairwise(turns)
+    )
+
+
 def _open_end(one: Checked, _: Context) -> bool:
     return bool(one.conversation.messages) and one.conversation.messages[-1].role != "assistant"
 
@@ -190,6 +227,41 @@ ROW_CHECKS = (
         "of plain text that spells control tokens, which are read as ordinary text",
         "If these are rendered chats, give the chats as `messages`.",
         _text_with_markers,
+    ),
+    RowCheck(
+        "placeholder",
+        "warning",
+        "with a template's placeholder left in the text",
+        "Fill them in where the rows were made, or delete the rows.",
+        _placeholder,
+    ),
+    RowCheck(
+        "broken-text",
+        "warning",
+        "with text that was read in a wrong encoding (as Ã© for é)",
+        "Read the source as UTF-8 and make the rows again.",
+        _broken_text,
+    ),
+    RowCheck(
+        "hidden-characters",
+        "note",
+        "with characters that cannot be seen (control characters, zero-width space, BOM)",
+        "`--fix` takes them out.",
+        _hidden_characters,
+    ),
+    RowCheck(
+        "edge-space",
+        "note",
+        "with white space around an answer: the model learns to write it",
+        "`--fix` takes it away.",
+        _edge_space,
+    ),
+    RowCheck(
+        "echo",
+        "note",
+        "whose answer repeats the question",
+        "Nothing to do if this is the task.",
+        _echo,
     ),
     RowCheck(
         "control-markers",
@@ -313,6 +385,7 @@ def within(name: str, rows: Sequence[Checked]) -> list[Finding]:
         message = f"{name}: {_rows(len(against))} with different answers to the same prompt"
         fix = "Keep one answer to each prompt if there is one right answer."
         found.append(Finding("contradiction", "warning", message, tuple(against), fix))
+    found += _answers_alike(name, rows)
     formats = Counter(one.format for one in rows)
     if len(formats) > 1:
         shares = ", ".join(f"{count} {kind}" for kind, count in formats.most_common())
@@ -321,6 +394,40 @@ def within(name: str, rows: Sequence[Checked]) -> list[Finding]:
             Finding("mixed-formats", "note", f"{name}: rows of several formats: {shares}", (), fix)
         )
     return found
+
+
+# From so many rows on, and such a share of them, what the others do differently is taken for a fault.
+ENOUGH_ROWS, MOST_OF_THEM = 20, 0.9
+
+
+def _answers_alike(name: str, rows: Sequence[Checked]) -> list[Finding]:
+    """Answers that are JSON but for a few, or all the same."""
+    last = {one.place: one.answers[-1].content for one in rows if one.answers and one.answers[-1].content}
+    found: list[Finding] = []
+    if len(last) < ENOUGH_ROWS:
+        return found
+    broken = [place for place, text in last.items() if not _is_json(text)]
+    if broken and len(broken) <= (1 - MOST_OF_THEM) * len(last):
+        message = f"{name}: {_rows(len(broken))} with an answer that is not JSON, as the others' are"
+        found.append(Finding("json-broken", "warning", message, tuple(broken), "Mend or delete the rows."))
+    text, count = Counter(last.values()).most_common(1)[0]
+    if count > MOST_OF_THEM * len(last):
+        message = f"{name}: {_rows(count)} of {len(last):,} have the same answer"
+        fix = "Add rows with other answers: this one is learned whatever is asked."
+        places = tuple(place for place, answer in last.items() if answer == text)
+        found.append(Finding("one-answer", "warning", message, places, fix))
+    return found
+
+
+def _is_json(text: str) -> bool:
+    """Whether an answer is a JSON object or list."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def between(parts: dict[str, list[Checked]]) -> list[Finding]:
@@ -347,7 +454,18 @@ def between(parts: dict[str, list[Checked]]) -> list[Finding]:
             message = f"{other}: {_rows(len(prompts))} with a prompt of {one} and another answer"
             fix = "Check which answer is right."
             found.append(Finding("shared-prompt", "warning", message, tuple(prompts), fix))
+        told = {place.split(" ")[0] for place in rows + prompts}
+        near = [pair for pair in _nearly(parts[one], parts[other]) if pair.split(" ")[0] not in told]
+        if near:
+            message = f"{other}: {_rows(len(near))} asked nearly what a row of {one} is"
+            fix = f"Delete them from {one} or from {other}, or split with `lorimer data split`."
+            found.append(Finding("near-shared", "warning", message, tuple(near), fix))
     return found
+
+
+def _nearly(ones: Sequence[Checked], others: Sequence[Checked]) -> list[str]:
+    found = near_prompts(*([one.conversation.asked for one in part] for part in (ones, others)))
+    return [f"{others[near.other].place} ~ {ones[near.one].place}" for near in found]
 
 
 def _rows(count: int) -> str:

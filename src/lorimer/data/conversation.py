@@ -81,6 +81,14 @@ class Conversation:
     text: str | None
     place: str
 
+    @property
+    def asked(self) -> str:
+        """Everything before the last answer, as one text; of plain text the text."""
+        if self.text is not None:
+            return self.text
+        last = max((i for i, turn in enumerate(self.messages) if turn.role == "assistant"), default=None)
+        return "\n".join(turn.content for turn in self.messages[:last])
+
 
 def to_conversation(row: Row, format: str = "auto", system: str | None = None) -> Conversation:
     """Read a row in the named format; `auto` looks at its keys. Raises DataError with path and line.

@@ -1,4 +1,4 @@
-"""Rows that are nearly the same: what they share of their runs of three tokens, not all pairs compared.
+"""Rows that are nearly the same: what they share of their runs of three words, not all pairs compared.
 
 Similarity is the Jaccard index of the sets of runs (shingles). MinHash (Broder 1997) makes a signature of a
 set; rows whose signatures agree in one band are candidates, and each candidate is then compared exactly.
@@ -6,14 +6,13 @@ set; rows whose signatures agree in one band are candidates, and each candidate 
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from lorimer.data.pack import shared_prefix
-from lorimer.data.template import Example
 
 Array = np.ndarray[Any, Any]
 
@@ -26,7 +25,7 @@ PRIME = np.uint64((1 << 61) - 1)
 
 
 # Of long rows a changed word leaves 0.9; short ones are alike by chance, and must nearly agree.
-LONG, LEAST_LONG, LEAST_SHORT = 60, 0.8, 0.95
+LONG, LEAST_LONG, LEAST_SHORT = 30, 0.8, 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Near:
 
 
 def shingles(ids: Array) -> Array:
-    """The distinct runs of three tokens as 64-bit numbers, ascending; of a shorter row the row itself."""
+    """The distinct runs of three words as 64-bit numbers, ascending; of a shorter row the row itself."""
     numbers = ids.astype(np.uint64) + np.uint64(1)
     if len(numbers) < SHINGLE:
         numbers = np.concatenate([numbers, np.zeros(SHINGLE - len(numbers), np.uint64)])
@@ -58,22 +57,17 @@ def similarity(one: Array, other: Array) -> float:
     return shared / max(1, len(one) + len(other) - shared)
 
 
-def near_prompts(ones: Sequence[Example], others: Sequence[Example]) -> list[Near]:
-    """Examples of `others` that are asked nearly what one of `ones` is; of plain text the whole row."""
-    if not ones or not others:
-        return []
-    start = shared_prefix([*ones, *others])
-    asked = [_asked(example)[start:] for example in others]
-    return [
-        near
-        for near in near_rows([_asked(example)[start:] for example in ones], asked, LEAST_LONG)
-        if near.similarity >= (LEAST_LONG if len(asked[near.other]) > LONG else LEAST_SHORT)
-    ]
+def words(text: str) -> Array:
+    """A text's words as numbers, whatever their case and what stands between them."""
+    found = re.findall(r"\w+", text.casefold())
+    return np.array([zlib.crc32(word.encode()) for word in found] or [0], dtype=np.uint32)
 
 
-def _asked(example: Example) -> Array:
-    first = int(np.argmax(example.trained)) if example.trained.any() else len(example.ids)
-    return example.ids if first <= 1 else example.ids[:first]
+def near_prompts(ones: Sequence[str], others: Sequence[str]) -> list[Near]:
+    """Texts of `others` that are nearly one of `ones`."""
+    asked = [words(text) for text in others]
+    found = near_rows([words(text) for text in ones], asked, LEAST_LONG)
+    return [near for near in found if near.similarity >= enough(len(asked[near.other]))]
 
 
 def _bands(found: Array, factors: Array, addends: Array) -> list[bytes]:
@@ -84,26 +78,53 @@ def _bands(found: Array, factors: Array, addends: Array) -> list[bytes]:
     return [lowest[band * ROWS : (band + 1) * ROWS].tobytes() for band in range(BANDS)]
 
 
+class Index:
+    """Rows to look for similar ones among."""
+
+    def __init__(self) -> None:
+        random = np.random.Generator(np.random.PCG64(0))
+        self._factors = random.integers(1, 1 << 63, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
+        self._addends = random.integers(0, 1 << 63, BANDS * ROWS, dtype=np.uint64)
+        self._sets: list[Array] = []
+        self._tables: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
+
+    def add(self, ids: Array) -> None:
+        """The next row; rows are numbered from 0."""
+        found = shingles(ids)
+        for table, key in zip(self._tables, _bands(found, self._factors, self._addends), strict=True):
+            members = table.setdefault(key, [])
+            if len(members) < MOST_CANDIDATES:
+                members.append(len(self._sets))
+        self._sets.append(found)
+
+    def most_similar(self, ids: Array) -> tuple[float, int]:
+        """How similar the most similar row is, and its number; (0, -1) if none is near."""
+        found = shingles(ids)
+        keys = _bands(found, self._factors, self._addends)
+        candidates = {
+            one for table, key in zip(self._tables, keys, strict=True) for one in table.get(key, ())
+        }
+        best, one = max(
+            ((similarity(self._sets[one], found), -one) for one in candidates), default=(0.0, 1)
+        )
+        return best, -one
+
+
 def near_rows(ones: Sequence[Array], others: Sequence[Array], least: float) -> Iterator[Near]:
     """For each of `others`, the most similar of `ones`, if it is at least so similar.
 
-    Rows are token ids. What all rows of a set begin with should be left out before: it makes all alike.
+    Rows are numbers of words. What all rows of a set begin with should be left out before: it makes all
+    alike.
     """
-    random = np.random.Generator(np.random.PCG64(0))
-    factors = random.integers(1, 1 << 63, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
-    addends = random.integers(0, 1 << 63, BANDS * ROWS, dtype=np.uint64)
-    sets = [shingles(row) for row in ones]
-    tables: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
-    for number, found in enumerate(sets):
-        for table, key in zip(tables, _bands(found, factors, addends), strict=True):
-            members = table.setdefault(key, [])
-            if len(members) < MOST_CANDIDATES:
-                members.append(number)
+    index = Index()
+    for row in ones:
+        index.add(row)
     for number, row in enumerate(others):
-        found = shingles(row)
-        keys = _bands(found, factors, addends)
-        candidates = {one for table, key in zip(tables, keys, strict=True) for one in table.get(key, ())}
-        scored = [(similarity(sets[one], found), -one) for one in candidates]
-        best, one = max(scored, default=(0.0, 0))
+        best, one = index.most_similar(row)
         if best >= least:
-            yield Near(-one, number, best)
+            yield Near(one, number, best)
+
+
+def enough(size: int) -> float:
+    """From which similarity on a row of so many words counts as nearly another."""
+    return LEAST_LONG if size > LONG else LEAST_SHORT

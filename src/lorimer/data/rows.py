@@ -56,9 +56,14 @@ def scan_rows(source: Source) -> Iterator[Row | DataError]:
 
 
 def split_rows(
-    rows: Sequence[Row], valid_fraction: float, test_fraction: float, seed: int
+    rows: Sequence[Row],
+    valid_fraction: float,
+    test_fraction: float,
+    seed: int,
+    keys: Sequence[str] | None = None,
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Train, valid and test rows, each in file order. Equal rows stay together, so none is in two parts.
+    """Train, valid and test rows, each in file order. Equal rows stay together, so none is in two parts;
+    with `keys`, rows of equal keys do.
 
     Rows are ordered by a hash of (seed, content); test is filled first, then valid, each up to
     round(fraction * rows). 10 rows with fractions 0.2 and 0.1 give 7, 2 and 1. Raises DataError
@@ -66,7 +71,7 @@ def split_rows(
     """
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(row_key(row.value), []).append(i)
+        groups.setdefault(row_key(row.value) if keys is None else keys[i], []).append(i)
     order = iter(sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest()))
     parts: dict[str, list[int]] = {}
     for name, fraction in (("test", test_fraction), ("valid", valid_fraction)):

@@ -21,7 +21,7 @@ from lorimer.config import RunConfig
 from lorimer.data.near import near_prompts
 from lorimer.data.pack import Pack, split_into_packs
 from lorimer.data.prepare import Prepared
-from lorimer.data.template import Example
+from lorimer.data.template import ChatTemplate, Example
 from lorimer.errors import PreflightError, UserError
 from lorimer.generate.model import Model
 from lorimer.lora.layers import Adapter
@@ -349,7 +349,8 @@ def _leaks(subject: Subject) -> str:
             f"{len(same):,} of {len(test):,} held-out rows are also trained on: {_places(same)}",
             "Delete them from one of both: a score on them proves nothing.",
         )
-    near = [f"{test[n.other].place} ~ {train[n.one].place}" for n in near_prompts(train, test)]
+    asked = ([_asked(row, template) for row in part] for part in (train, test))
+    near = [f"{test[n.other].place} ~ {train[n.one].place}" for n in near_prompts(*asked)]
     if near:
         raise _Failed(
             f"{len(near):,} of {len(test):,} held-out rows ask nearly what a training row asks: "
@@ -357,6 +358,12 @@ def _leaks(subject: Subject) -> str:
             "Delete them from one of both: a score on them proves little.",
         )
     return f"none of {len(test):,} held-out rows is trained on, nor nearly"
+
+
+def _asked(row: Example, template: ChatTemplate) -> str:
+    """What stands before the first answer, markers left out; of plain text the whole row."""
+    first = int(np.argmax(row.trained)) if row.trained.any() else len(row.ids)
+    return template.tokenizer.decode(row.ids.tolist() if first <= 1 else row.ids[:first].tolist())
 
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
