@@ -14,6 +14,8 @@ help:
 	@echo "make large       random bases of 1.1B and 7B in NF4: memory and time (writes 14 GB, deletes them)"
 	@echo "make memory      24 runs: planned against measured peak memory"
 	@echo "make crashes     some 500 kills and 1,700 disk faults, each run resumed and compared: 80 minutes"
+	@echo "make plants      classic bugs put back one at a time: do the tests turn red? 20 minutes"
+	@echo "make mutations   10,000 damaged inputs: one message each, no traceback; an hour"
 	@echo "make docs        write the generated pages of docs/ anew"
 	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
 	@echo "make clean       delete the virtual environments and caches"
@@ -48,6 +50,12 @@ memory: $(VENV)/.installed
 crashes: $(VENV)/.installed-test
 	$(RUN)/python tests/crash/kills.py
 	$(RUN)/python tests/crash/disks.py
+
+plants: $(VENV)/.installed-test
+	$(RUN)/python tests/plants.py
+
+mutations: $(VENV)/.installed-test
+	$(RUN)/python tests/crash/mutate.py
 
 llamacpp: .venv-llamacpp/.installed
 	.venv-llamacpp/bin/lorimer pull smollm2-135m
@@ -98,4 +106,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 clean:
 	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .venv-llamacpp .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help quickstart test bench bench-all large memory crashes llamacpp docs sanitize clean
+.PHONY: help quickstart test bench bench-all large memory crashes plants mutations llamacpp docs sanitize clean

@@ -1,4 +1,4 @@
-"""Write docs/config.md and docs/commands.md from the settings and the commands' own help.
+"""Write docs/config.md, commands.md, traps.md from the settings, the commands' help, the tests' marks.
 
 python docs/generate.py            write them
 python docs/generate.py --check    end with 1 if they are not up to date
@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+
+from traps import traps_page
 
 from lorimer.cli.app import COMMANDS, load_command, overview
 from lorimer.config import BLOCKS, SETTINGS, Setting
@@ -28,6 +30,7 @@ EXIT_CODES = """\
 | 3 | a score is below what `--min-score` asked for |
 | 4 | a disk, a permission, a path that cannot be written |
 | 130 | Ctrl-C; what was trained is saved |
+| 143 | the same on SIGTERM |
 
 Messages go to stderr. `LORIMER_DEBUG=1` adds the traceback of an unexpected error, `NO_COLOR=1` takes
 colours away, `LORIMER_HOME` says where bases are kept.
@@ -90,7 +93,7 @@ def _section(command: Any, name: str, level: int) -> str:
 
 
 def main() -> int:
-    pages = {"config.md": config_page(), "commands.md": commands_page()}
+    pages = {"config.md": config_page(), "commands.md": commands_page(), "traps.md": NOTE + traps_page()}
     stale = []
     for name, text in pages.items():
         path = HERE / name

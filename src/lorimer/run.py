@@ -3,6 +3,7 @@
 config.yaml     resolved; runs again as it is
 run.json        command, versions, machine, hashes, status, times, best step
 metrics.jsonl   one object a line, flushed at each step
+row_losses.jsonl   the loss of each row of each step
 train.log       what the run said
 samples.jsonl   held-out answers before and after
 eval/           before.json, after.json
@@ -53,6 +54,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def row_losses(self) -> Path:
+        return self.path / "row_losses.jsonl"
 
     @property
     def log(self) -> Path:

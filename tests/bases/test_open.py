@@ -383,6 +383,12 @@ def test_a_config_that_is_not_utf_8_is_refused(folder: Path) -> None:
         open_base(folder)
 
 
+def test_half_of_a_surrogate_pair_is_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}', encoding="utf-8")
+    with pytest.raises(BaseError, match="surrogates not allowed"):
+        open_base(folder)
+
+
 def test_a_tokenizer_of_absurd_size_is_not_read(folder: Path) -> None:
     with (folder / "tokenizer.json").open("wb") as file:
         file.truncate(10**12)

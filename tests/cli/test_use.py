@@ -210,6 +210,8 @@ def test_merge_writes_a_model_that_answers_the_same(here: Path, capsys: pytest.C
     assert "nothing to merge" in capsys.readouterr().err
 
 
+@pytest.mark.trap(51)
+@pytest.mark.trap(52)
 def test_merge_after_quantised_training_compares_both_ways(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_epochs_done(step: int, epoch: float) -> None:
     assert stream().epoch_at(step) == pytest.approx(epoch)
 
 
+@pytest.mark.trap(24)
 def test_the_order_is_a_function_of_the_seed_and_the_step() -> None:
     made = stream(100, 100, 2, seed=5)
     first, second = steps(made)

@@ -62,6 +62,7 @@ def test_rows_keep_their_numbers() -> None:
     assert pack.rows == (7, 40)
 
 
+@pytest.mark.trap(20)
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("seed", range(40))
 def test_every_row_is_whole_in_exactly_one_pack(seed: int, together: bool) -> None:

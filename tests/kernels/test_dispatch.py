@@ -163,6 +163,7 @@ def test_rotate_backward() -> None:
     assert difference(x.grad, wide.grad) < 1e-6
 
 
+@pytest.mark.trap(16)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("head_trained", [False, True])
 def test_head_loss(smoothing: float, head_trained: bool) -> None:

@@ -84,6 +84,7 @@ OURS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.trap(36)
 @pytest.mark.trap(41)
 @pytest.mark.parametrize("name", OURS)
 def test_ours_in_peft_and_back(name: str, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def spec_of(config: dict[str, Any]) -> RopeSpec:
     return read_spec(config, path="made").rope
 
 
+@pytest.mark.trap(56)
 @pytest.mark.parametrize("length", [8, 40, 100])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_equal_transformers(name: str, length: int) -> None:

@@ -22,16 +22,26 @@ from lorimer.train.loop import train
 from path.oracle import Oracle, mark_answers, plain_losses, quiet, trl_losses, write_adapter
 from small_base import CHATML, write_chat_base, write_rows
 
-MAX, MEAN = 1e-4, 1e-5
-# Heads wider together than the hidden states, few key/value heads, tied and untied, biases.
-SHAPES = {
-    "llama": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 5e3}},
-    "qwen2": {"tie_word_embeddings": True, "num_attention_heads": 4, "head_dim": 14},
+# The largest difference and the mean one, in nats: of tiny models, and of SmolLM2.
+MAX, MEAN = 1e-5, 1e-6
+MAX_SMOLLM2, MEAN_SMOLLM2 = 1e-4, 1e-5
+# Heads wider together than the hidden states, few key/value heads, tied and untied, biases, head norms, a
+# sliding window shorter than the rows.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "llama",
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 5e3}},
+    ),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 24}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "num_attention_heads": 4, "head_dim": 14}),
+    "qwen3": ("qwen3", {}),
 }
 
 
 def tiny_oracle(folder: Path, family: str, *, steps: int) -> Oracle:
-    base = write_chat_base(folder / "base", family, **SHAPES[family])
+    name, changes = SHAPES[family]
+    base = write_chat_base(folder / "base", name, **changes)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast(
@@ -88,11 +98,13 @@ def our_losses(oracle: Oracle, base: Path, folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def assert_equal(mine: list[float], theirs: list[float], *, steps: int) -> None:
+def assert_equal(
+    mine: list[float], theirs: list[float], *, steps: int, most: float = MAX, mean: float = MEAN
+) -> None:
     assert len(mine) == len(theirs) == steps
     apart = [abs(a - b) for a, b in zip(mine, theirs, strict=True)]
-    assert max(apart) <= MAX, f"step {apart.index(max(apart)) + 1} differs by {max(apart):.2e}"
-    assert sum(apart) / steps <= MEAN
+    assert max(apart) <= most, f"step {apart.index(max(apart)) + 1} differs by {max(apart):.2e}"
+    assert sum(apart) / steps <= mean
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -101,6 +113,8 @@ def test_the_oracle_equals_a_loop_written_out_by_hand(tmp_path: Path, family: st
     assert_equal(trl_losses(oracle, tmp_path / "trl"), plain_losses(oracle), steps=6)
 
 
+@pytest.mark.trap(13)
+@pytest.mark.trap(15)
 @pytest.mark.parametrize("family", SHAPES)
 def test_losses_of_50_steps_equal_trl(tmp_path: Path, family: str) -> None:
     oracle = tiny_oracle(tmp_path, family, steps=50)
@@ -124,4 +138,5 @@ def test_losses_of_10_steps_equal_trl_on_smollm2(tmp_path: Path, smollm2: Path) 
         learning_rate=2e-4,
     )
     theirs = trl_losses(oracle, tmp_path / "trl")
-    assert_equal(our_losses(oracle, smollm2, tmp_path / "runs"), theirs, steps=10)
+    mine = our_losses(oracle, smollm2, tmp_path / "runs")
+    assert_equal(mine, theirs, steps=10, most=MAX_SMOLLM2, mean=MEAN_SMOLLM2)

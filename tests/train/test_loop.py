@@ -178,12 +178,27 @@ def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bytes(
     assert weights(cut) == weights(whole)
 
 
+@pytest.mark.trap(62)
+@pytest.mark.trap(65)
 def test_resume_refuses_other_settings_and_other_data(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(config(settings), reporter=StopAfter(2))
     run = tmp_path / "runs/run"
     with pytest.raises(ConfigError, match=r"train.seed.*3.*0"):
         train(config(settings, train__seed=3), resume=run)
+    for key, value in {
+        "train__optimizer": "adamw_8bit",
+        "train__batch_size": 5,
+        "train__learning_rate": 1e-3,
+        "lora__r": 8,
+        "lora__dropout": 0.1,
+        "data__max_tokens": 99,
+        "data__shuffle": False,
+    }.items():
+        with pytest.raises(
+            ConfigError, match=f"`{key.replace('__', '.')}` is .* and the run was begun with"
+        ):
+            train(config(settings, **{key: value}), resume=run)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write((tmp_path / "train.jsonl").read_text().splitlines()[0] + "\n")
     with pytest.raises(ConfigError, match="the data is not what this run was begun"):
@@ -233,6 +248,7 @@ def test_a_damaged_checkpoint_is_passed_over(settings: dict[str, Any], tmp_path:
     assert weights(cut) == weights(whole)
 
 
+@pytest.mark.trap(64)
 def test_old_checkpoints_are_dropped_after_the_new_one(settings: dict[str, Any], tmp_path: Path) -> None:
     run = train(config(settings, output__save_every=1, output__keep=2)).path
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000007", "step-000008"]
@@ -297,6 +313,8 @@ def test_the_best_adapter_is_proved_and_kept_though_it_is_not_the_last(
     assert result.after.rows[0].loss_sum == pytest.approx(float(nats.sum()), rel=1e-6)
 
 
+@pytest.mark.trap(21)
+@pytest.mark.trap(22)
 def test_the_valid_loss_is_that_of_the_model_that_is_kept(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +407,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_loading(
         train(config(settings, output__dir=str(tmp_path / "file/runs")))
 
 
+@pytest.mark.trap(19)
 @pytest.mark.trap(9)
 @pytest.mark.parametrize("policy", ["error", "drop", "truncate"])
 def test_rows_that_are_too_long_are_treated_as_asked_and_said(

@@ -155,6 +155,8 @@ PLANTED: dict[str, tuple[Callable[[Subject, pytest.MonkeyPatch], None], str, str
 }
 
 
+@pytest.mark.trap(10)
+@pytest.mark.trap(44)
 @pytest.mark.parametrize("case", PLANTED)
 def test_what_is_wrong_fails_its_check_by_name(
     settings: dict[str, Any], case: str, monkeypatch: pytest.MonkeyPatch

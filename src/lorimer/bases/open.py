@@ -168,6 +168,8 @@ class FolderBase(BaseFiles):
             return {}
         try:
             value = json.loads(text)
+            # Half of a pair of surrogates is a text to JSON, and cannot be written anywhere.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             raise BaseError(f"this is not JSON: {error}", path=self.path / name) from error
         if not isinstance(value, dict):

@@ -9,9 +9,10 @@ Letters: T tokens, H hidden, N query heads, K key/value heads, D head size, M pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ class Projections:
     number: int
     linear: Linear
     adapted: Adapted | None = None
+
+    @property
+    def name(self) -> str:
+        """The path with all names, `model.layers.0.mlp.gate_proj/up_proj`."""
+        return f"{self.path}.{'/'.join(self.names)}"
 
     def __call__(
         self,
@@ -234,6 +240,32 @@ class Decoder:
             return hidden_BH
 
         return cache.tape(self.adapted)(step, self.embed(ids_B), *turn, lengths_B)
+
+    def first_not_finite(self, ids_T: Tensor, lengths: Sequence[int], prefix: int = 0) -> str | None:
+        """The path of the first module that gives NaN or infinity for these rows, computed again."""
+        with torch.no_grad():
+            outputs = self._outputs(ids_T, lengths, prefix)
+            return next((name for name, states in outputs if not states.isfinite().all()), None)
+
+    def _outputs(self, ids_T: Tensor, lengths: Sequence[int], prefix: int) -> Iterator[tuple[str, Tensor]]:
+        """What each module gives, in the order in which they are computed."""
+        turn = Turn(*self.rope.for_rows(lengths, prefix))
+        rows = PackRows(lengths, prefix, self.device)
+        plain: dict[str, Any] = {"adapted": self.adapted, "dropouts": None}
+        hidden_TH = self.embed(ids_T)
+        yield self.embedding.path, hidden_TH
+        for layer in self.layers:
+            stacked = self._query_key_value(layer, hidden_TH, None)
+            yield layer.qkv.name, stacked
+            mixed, _ = self._attend(layer, stacked, turn, rows)
+            yield layer.qkv.path, mixed
+            hidden_TH = layer.output(mixed, before=None, residual_TO=hidden_TH, **plain)
+            yield layer.output.name, hidden_TH
+            gated = layer.gate_up(hidden_TH, before=layer.mlp_norm, residual_TO=None, **plain)
+            yield layer.gate_up.name, gated
+            hidden_TH = layer.down(gated, before=self._gate, residual_TO=hidden_TH, **plain)
+            yield layer.down.name, hidden_TH
+        yield self.final_norm.path, self.finish(hidden_TH)
 
     def embed(self, ids_T: Tensor) -> Tensor:
         if self.adapted and self.embedding.trained is not None:

@@ -58,6 +58,7 @@ from lorimer.run import RunFolder, create_run, find_run
 from lorimer.storage import check_space, check_writable, verify_folder, write_file
 from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
 from lorimer.train.deadline import Deadline, seconds_of
+from lorimer.train.diagnose import diagnose, read_row_losses, suspicious
 from lorimer.train.metrics import MetricsFile, Reporter, Silent, StepRecord, peak_memory
 from lorimer.train.optimizer import make_optimizer
 from lorimer.train.plan import (
@@ -78,6 +79,7 @@ from lorimer.train.step import StepGivenUp, StepResult, train_step
 from lorimer.train.trackers import Trackers, open_trackers
 
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
+LISTED = 200  # rows of a kind that run.json lists
 ENDLESS = 10**9  # steps of a run that only time ends
 # Seconds that a step may go on once somebody asked to stop: those who send SIGTERM wait 30 or so.
 STOP_PATIENCE = 12.0
@@ -341,6 +343,8 @@ class Session:
             self.trackers.close(self._status)
         if hasattr(self, "metrics"):
             self.metrics.close()
+        if hasattr(self, "row_losses"):
+            self.row_losses.close()
 
     def _template_source(self) -> str | None:
         if self.config.data.chat_template is None:
@@ -432,6 +436,7 @@ class Session:
         elif resuming:
             self._say("there is no whole checkpoint yet: the run begins again")
         self.metrics = MetricsFile(self.run.metrics, keep_until=self.progress.step)
+        self.row_losses = MetricsFile(self.run.row_losses, keep_until=self.progress.step)
         self.trackers: Trackers = open_trackers(
             self.config.output.trackers,
             self.run.path,
@@ -628,6 +633,8 @@ class Session:
         )
         with trace.stage("records"):
             line = self.metrics.write(record)
+            each = [round(loss, 4) for loss in self.last.row_losses]
+            self.row_losses.write({"step": step + 1, "rows": [int(row) for row in rows], "losses": each})
             self.trackers.log(step + 1, line)
             self.reporter.step(line)
 
@@ -698,6 +705,7 @@ class Session:
         began = time.perf_counter()
         self._take_back()
         self.metrics.sync()
+        self.row_losses.sync()
         path = save_checkpoint(
             self.run, self.progress, self.optimizer, self._fill_adapter, keep=self.config.output.keep
         )
@@ -767,12 +775,29 @@ class Session:
             peak_memory_bytes=peak_memory(self.place.device),
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
+        self._diagnose()
         try:
             write_report(self.run)
         except LorimerError as error:  # the run is done without it
             self._say(f"there is no report.html: {error}")
         self.reporter.finished(result)
         return result
+
+    def _diagnose(self) -> None:
+        """What the losses say about the run and about single rows, if it is plain."""
+        lines = [json.loads(line) for line in self.run.metrics.read_text(encoding="utf-8").splitlines()]
+        said = diagnose(
+            [line["loss"] for line in lines if "loss" in line],
+            [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line],
+            self.config.train.learning_rate,
+        )
+        rows = suspicious(read_row_losses(self.run.row_losses), self.data.train)
+        self.run.update_record(
+            diagnosis=said,
+            rows_to_look_at={one.kind: [list(pair) for pair in one.rows[:LISTED]] for one in rows},
+        )
+        for text in (*said, *rows):
+            self._say(f"look: {text}")
 
     def _take_best(self) -> None:
         """Put the best adapter in place of the last, so that what is proved is what is kept."""

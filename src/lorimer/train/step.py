@@ -27,6 +27,7 @@ class StepResult:
     grad_norm: float  # before clipping
     tokens: int
     trained_tokens: int
+    row_losses: tuple[float, ...]  # the mean of each row's tokens, in the step's order
     split: int | None = None  # most tokens at once after memory ran out, else None
 
 
@@ -54,7 +55,7 @@ def train_step(
     most = None
     while True:
         try:
-            total = _gradients(decoder, packs, step, smoothing, dropout, places, given_up)
+            total, row_losses = _gradients(decoder, packs, step, smoothing, dropout, places, given_up)
             break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -70,9 +71,11 @@ def train_step(
     with trace.stage("optimizer"):
         norm = optimizer.step(learning_rate)
     if not math.isfinite(norm):
-        raise _diverged(f"the gradient's norm is {norm}", step, "; ".join(places(pack) for pack in packs))
+        bad = [name for name, tensor in optimizer.adapter.tensors.items() if not _finite_gradient(tensor)]
+        rows = "; ".join(places(pack) for pack in packs)
+        raise _diverged(f"the gradient's norm is {norm}", step, rows, bad[-1] if bad else None)
     trained = sum(pack.trained_tokens for pack in packs)
-    return StepResult(total, norm, sum(pack.tokens for pack in packs), trained, most)
+    return StepResult(total, norm, sum(pack.tokens for pack in packs), trained, row_losses, most)
 
 
 def _gradients(
@@ -83,23 +86,40 @@ def _gradients(
     dropout: LoraDropout | None,
     places: Callable[[Pack], str],
     given_up: Callable[[], bool],
-) -> float:
-    """Add up the gradients of all packs; returns the loss of the step."""
+) -> tuple[float, tuple[float, ...]]:
+    """Add up the gradients of all packs; returns the loss of the step, and of each of its rows."""
     trained = sum(pack.trained_tokens for pack in packs)
     total = 0.0
+    by_row: dict[int, float] = {}
     for pack in packs:
         if given_up():
             raise StepGivenUp
         with trace.stage("forward"):
             masks = dropout.for_pack(step, pack.rows, pack.lengths) if dropout else None
-            loss, _ = pack_loss(decoder, pack, weight=1.0 / trained, smoothing=smoothing, dropouts=masks)
+            loss, each_M = pack_loss(
+                decoder, pack, weight=1.0 / trained, smoothing=smoothing, dropouts=masks
+            )
             value = float(loss.detach())
         if not math.isfinite(value):
-            raise _diverged(f"the loss is {value}", step, places(pack))
+            ids_T = pack.ids_T.to(decoder.device)
+            module = decoder.first_not_finite(ids_T, pack.lengths, pack.prefix)
+            raise _diverged(f"the loss is {value}", step, places(pack), module)
+        by_row |= _row_means(pack, each_M.detach())
         with trace.stage("backward"):
             loss.backward()
         total += value
-    return total
+    return total, tuple(by_row[row] for row in sorted(by_row))
+
+
+def _row_means(pack: Pack, each_M: torch.Tensor) -> dict[int, float]:
+    """The mean loss of each row's trained tokens."""
+    sums = torch.zeros(len(pack.rows)).index_add_(0, pack.owner_M, each_M.float().cpu())
+    counts = torch.bincount(pack.owner_M, minlength=len(pack.rows)).clamp_min(1)
+    return dict(zip(pack.rows, (sums / counts).tolist(), strict=True))
+
+
+def _finite_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.grad is None or bool(tensor.grad.isfinite().all())
 
 
 # What PyTorch's allocators say: of a GPU, of the CPU on Linux, on others, and C++'s own.
@@ -120,9 +140,10 @@ def _does_not_fit(step: int, tokens: int) -> LorimerError:
     )
 
 
-def _diverged(what: str, step: int, rows: str) -> DivergenceError:
+def _diverged(what: str, step: int, rows: str, module: str | None = None) -> DivergenceError:
+    where = f"; the first that is not finite comes from `{module}`" if module else ""
     return DivergenceError(
-        f"{what} at step {step + 1}, in {rows}",
+        f"{what} at step {step + 1}, in {rows}{where}",
         fix="Nothing was updated in this step. Lower `train.learning_rate`, or look at these rows with "
         "`lorimer data show`; an earlier checkpoint can be resumed with other settings as a new run.",
     )

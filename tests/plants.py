@@ -1,0 +1,283 @@
+# ruff: noqa: E501  (a table of places, each on a line)
+"""Classic bugs put back into a copy of the source: the tests that prove them away must turn red.
+
+    python tests/plants.py              all of them, some 15 minutes; ends with 1 if one survives
+    python tests/plants.py --only 17    those of one trap
+
+Each changes one place. tests/test_layout.py holds that every place is still there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "lorimer"
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """`old` in `file` becomes `new`: the bugs of these traps, in words."""
+
+    traps: tuple[int, ...]
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+PLANTS = (
+    Plant(
+        (1, 2), "the end of a turn is not trained", "data/template.py",
+        "inside = [stop for _, stop in self.tokenizer.control_spans(text[first:end])]",
+        "inside = [start for start, _ in self.tokenizer.control_spans(text[first:end])]",
+    ),
+    Plant(
+        (3,), "the first token of a row is doubled", "data/template.py",
+        "        eos = self.tokenizer.eos_id\n",
+        "        ids, trained = [*ids[:1], *ids], [*trained[:1], *trained]\n        eos = self.tokenizer.eos_id\n",
+    ),
+    Plant(
+        (4,), "inference feeds no generation prompt", "data/template.py",
+        "text = self._render_hidden(messages, tools, generation=True)\n        starts",
+        "text = self._render_hidden(messages, tools, generation=False)\n        starts",
+    ),
+    Plant(
+        (5,), "a prompt that the whole chat does not keep is not noticed", "data/template.py",
+        "if prompt is None or not text.startswith(prompt):", "if prompt is None:",
+    ),
+    Plant(
+        (6,), "prompt and answer are encoded as one text", "data/tokenizer.py",
+        "            for part_ids, starts in self._encode_piece(own + rest, begins=begins):\n",
+        "            if ids and not own:\n                continue\n"
+        "            for part_ids, starts in self._encode_piece(own.lstrip() + rest, begins=begins):\n",
+    ),
+    Plant(
+        (7, 8), "the prompt is trained too", "data/template.py",
+        'if train_on == "all":', "if True:",
+    ),
+    Plant(
+        (9, 10, 32), "a row without trained tokens is kept", "data/prepare.py",
+        "if not example.trained.any():", "if False:",
+    ),
+    Plant(
+        (10,), "preflight passes rows without trained tokens", "train/preflight.py",
+        "    if empty:\n", "    if False:\n",
+    ),
+    Plant(
+        (11,), "a loss that is not finite goes on", "train/step.py",
+        "if not math.isfinite(value):", "if False:",
+    ),
+    Plant(
+        (12, 14, 15), "a pack's loss is divided by its own tokens", "train/step.py",
+        "decoder, pack, weight=1.0 / trained, smoothing", "decoder, pack, weight=1.0 / pack.trained_tokens, smoothing",
+    ),
+    Plant(
+        (13,), "the loss is divided by all tokens of a step", "train/step.py",
+        "    trained = sum(pack.trained_tokens for pack in packs)\n    total = 0.0\n",
+        "    trained = sum(pack.trained_tokens + len(pack.rows) for pack in packs)\n    total = 0.0\n",
+    ),
+    Plant(
+        (17,), "rows of a pack attend to each other", "model/decoder.py",
+        "        rows = PackRows(lengths, prefix, self.device)\n        hidden_TH = self.embed(ids_T)\n        last",
+        "        rows = PackRows((sum(lengths),), prefix, self.device)\n        hidden_TH = self.embed(ids_T)\n        last",
+    ),
+    Plant(
+        (18,), "positions go on from row to row", "model/decoder.py",
+        "        turn = Turn(*self.rope.for_rows(lengths, prefix))\n        rows = PackRows(lengths, prefix, self.device)\n        hidden_TH",
+        "        turn = Turn(*self.rope.for_rows((sum(lengths),), prefix))\n        rows = PackRows(lengths, prefix, self.device)\n        hidden_TH",
+    ),
+    Plant(
+        (19,), "long rows are left out in silence", "data/prepare.py",
+        'notes.append(f"{split}: {what}; {done}', 'str(f"{split}: {what}; {done}',
+    ),
+    Plant(
+        (20,), "packs grow beyond the limit", "data/pack.py",
+        "if left >= size), None)", "if left >= 0), None)",
+    ),
+    Plant(
+        (21, 22), "the validation loss is a mean over packs", "train/loop.py",
+        "loss = total / sum(pack.trained_tokens for pack in self.valid_packs)",
+        "loss = total / len(self.valid_packs)",
+    ),
+    Plant(
+        (23,), "rows of train in test are not seen", "data/checks.py",
+        "            if key in known:\n", "            if False:\n",
+    ),
+    Plant(
+        (23,), "near duplicates are not seen", "data/near.py",
+        "        if best >= least:\n", "        if best > 1:\n",
+    ),
+    Plant(
+        (24,), "the shuffle forgets the seed", "data/batch.py",
+        "np.random.PCG64([self.seed, epoch])", "np.random.PCG64([0, epoch])",
+    ),
+    Plant(
+        (26,), "markers in a message are not hidden", "data/template.py",
+        "            return self.tokenizer.hide(text, own_words=own)\n", "            return text\n",
+    ),
+    Plant(
+        (29,), "a chat without an answer is taken", "data/conversation.py",
+        'if not any(message.role == "assistant" for message in messages):', "if False:",
+    ),
+    Plant(
+        (30,), "the BOM stays in the first row", "data/row_files.py",
+        "            raw = raw.removeprefix(BOM)\n", "",
+    ),
+    Plant(
+        (31,), "a file is read in the system's encoding", "run.py",
+        'self.record.read_text(encoding="utf-8")', "self.record.read_text()",
+    ),
+    Plant(
+        (35,), "a module that does not exist is passed over", "lora/targets.py",
+        "if not any(_named(target, name) for target in targets):", "if False:",
+    ),
+    Plant(
+        (40,), "rsLoRA is scaled as LoRA", "lora/layers.py",
+        "(math.sqrt(rank) if self.rslora else rank)", "rank",
+    ),
+    Plant(
+        (41,), "a head that was trained apart stays tied in the merged config", "lora/merge.py",
+        "    if untied(spec, adapter):\n", "    if False:\n",
+    ),
+    Plant(
+        (44,), "untrained control tokens pass", "train/preflight.py",
+        "if norm <= least]", "if norm < 0]",
+    ),
+    Plant(
+        (45,), "the adapter is kept in bf16", "lora/layers.py",
+        "torch.empty(total, dtype=torch.float32, device=device)", "torch.empty(total, dtype=torch.bfloat16, device=device)",
+    ),
+    Plant(
+        (46,), "nobody looks where NaN comes from", "train/step.py",
+        "module = decoder.first_not_finite(ids_T, pack.lengths, pack.prefix)", "module = None",
+    ),
+    Plant(
+        (49,), "missing and extra keys are passed over", "lora/adapter.py",
+        "    if wanted != found:\n", "    if False:\n",
+    ),
+    Plant(
+        (50,), "an adapter for another base is taken", "lora/adapter.py",
+        "if made_for and made_for != fingerprint:", "if False:",
+    ),
+    Plant(
+        (51, 52), "both ways of merging are said to agree", "cli/merge.py",
+        "    found = {way: _compare(model, way, dtype, examples) for way in WAYS}\n",
+        '    found = {way: _compare(model, "original", dtype, examples) for way in WAYS}\n',
+    ),
+    Plant(
+        (53,), "the update is added in the written type", "lora/merge.py",
+        "        value = trained_weight(base, spec, name, quant).float()\n        merged",
+        "        value = trained_weight(base, spec, name, quant).to(dtype)\n        merged",
+    ),
+    Plant(
+        (56,), "YaRN interpolates every feature", "model/rope.py",
+        "return plain_F / factor * ramp_F + plain_F * (1 - ramp_F), _yarn_attention(factor, spec)",
+        "return plain_F / factor, _yarn_attention(factor, spec)",
+    ),
+    Plant(
+        (59, 66), "each epoch has the order of the first", "data/batch.py",
+        "order = self._order(epoch)", "order = self._order(0)",
+    ),
+    Plant(
+        (60,), "dropout draws from a generator that goes on", "lora/layers.py",
+        'generator = _generator(self.seed, f"dropout/{step}/{inputs}")',
+        "generator = torch.Generator().manual_seed(int(torch.randint(1 << 40, ()).item()))",
+    ),
+    Plant(
+        (61,), "the learning rate begins anew after a resume", "train/loop.py",
+        "rate = learning_rate(self.config.train, step, total)",
+        "rate = learning_rate(self.config.train, step - (self.saved_step or 0), total)",
+    ),
+    Plant(
+        (62, 65), "changed settings are taken on resume", "train/loop.py",
+        "if old.get(key) != value and not allowed:", "if False:",
+    ),
+    Plant(
+        (63,), "a damaged checkpoint is used", "train/checkpoint.py",
+        "        if damage is None:\n", "        if True:\n",
+    ),
+    Plant(
+        (63,), "a folder is written under its own name", "storage.py",
+        '    staged = path.with_name(f"{STAGED}{path.name}-{os.getpid()}")\n    with storage_errors(path):\n        try:\n            shutil.rmtree',
+        '    staged = path.with_name(f"{path.name}")\n    with storage_errors(path):\n        try:\n            shutil.rmtree',
+    ),
+    Plant(
+        (64,), "old checkpoints are deleted down to one", "train/checkpoint.py",
+        "    for step in run.saved_steps()[:-keep]:\n", "    for step in run.saved_steps():\n",
+    ),
+    Plant(
+        (65,), "the optimizer begins anew", "train/optimizer.py",
+        "            tensor.copy_(state[name])\n", "            tensor.zero_()\n",
+    ),
+)  # fmt: skip
+
+
+def proofs() -> dict[int, list[str]]:
+    sys.path.insert(0, str(ROOT / "docs"))
+    from traps import proofs as found
+
+    return found()
+
+
+def survives(plant: Plant) -> str | None:
+    """None if the tests notice, else what they said."""
+    found = proofs()
+    tests = sorted({test for trap in plant.traps for test in found.get(trap, [])})
+    with tempfile.TemporaryDirectory(prefix="lorimer-plant-") as scratch:
+        copy = Path(scratch) / "lorimer"
+        shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        file = copy / plant.file
+        text = file.read_text(encoding="utf-8")
+        assert text.count(plant.old) == 1, f"{plant.file} has no single place for: {plant.what}"
+        file.write_text(text.replace(plant.old, plant.new), encoding="utf-8")
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                *(f"tests/{t}" for t in tests),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": scratch, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return None if done.returncode == 1 else f"exit code {done.returncode}: {done.stdout[-300:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Put bugs back and see the tests turn red.")
+    parser.add_argument("--only", type=int, help="the plants of one trap")
+    args = parser.parse_args()
+    began, bad, count = time.perf_counter(), 0, 0
+    for plant in PLANTS:
+        if args.only is not None and args.only not in plant.traps:
+            continue
+        count += 1
+        said = survives(plant)
+        bad += said is not None
+        traps = ", ".join(map(str, plant.traps))
+        print(
+            f"{'red ' if said is None else 'GREEN'} {traps}: {plant.what}{f' ({said})' if said else ''}",
+            flush=True,
+        )
+    print(f"{count} bugs planted, {bad} not noticed, {time.perf_counter() - began:.0f} s")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
