@@ -7,6 +7,7 @@ file is imported when that command runs. A test holds the table against the comm
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import os
 import sys
@@ -68,6 +69,9 @@ lorimer --version prints the version."""
 
 def main() -> None:
     """The entry point of the `lorimer` script."""
+    # Importing PyTorch makes half a million objects, and looking through them again and again for cycles is
+    # a tenth of a short command.
+    gc.set_threshold(100_000, 50, 50)
     sys.exit(run(sys.argv[1:]))
 
 

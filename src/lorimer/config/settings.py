@@ -223,7 +223,7 @@ class TrainConfig(Block):
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.")
     threads: int | None = Field(
-        None, ge=1, examples=[2], description="CPU threads; all available if not given."
+        None, ge=1, le=4096, examples=[2], description="CPU threads; all available if not given."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seeds order, initial adapter and dropout.")
 
