@@ -198,7 +198,7 @@ PLANTS = (
         "rate = learning_rate(self.config.train, step - (self.saved_step or 0), total)",
     ),
     Plant(
-        (62, 65), "changed settings are taken on resume", "train/loop.py",
+        (62, 65), "changed settings are taken on resume", "train/resume.py",
         "if old.get(key) != value and not allowed:", "if False:",
     ),
     Plant(

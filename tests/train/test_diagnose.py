@@ -18,23 +18,14 @@ from lorimer.errors import DivergenceError
 from lorimer.train.diagnose import diagnose, suspicious
 from lorimer.train.loop import Session, train
 from lorimer.train.metrics import Silent
-from small_base import write_chat_base, write_rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_base(tmp_path_factory.mktemp("base") / "tiny")
+from small_base import write_rows
 
 
 @pytest.fixture
-def settings(tmp_path: Path, base: Path) -> dict[str, Any]:
-    return {
-        "base": str(base),
-        "data": {"train": str(write_rows(tmp_path / "train.jsonl", 40))},
-        "lora": {"r": 4, "alpha": 8},
-        "train": {"epochs": 6, "batch_size": 8, "learning_rate": 1e-2, "dtype": "fp32", "threads": 1},
-        "output": {"dir": str(tmp_path / "runs"), "name": "run", "save_every": "never"},
-    }
+def settings(short_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    write_rows(tmp_path / "train.jsonl", 40)
+    short_run["train"] |= {"epochs": 6, "batch_size": 8, "learning_rate": 1e-2}
+    return short_run
 
 
 def falling(steps: int = 200, noise: float = 0.05) -> list[float]:

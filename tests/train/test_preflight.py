@@ -22,27 +22,14 @@ from lorimer.train import preflight as module
 from lorimer.train.loop import Session, train
 from lorimer.train.metrics import Silent
 from lorimer.train.preflight import CHECKS, Subject, preflight
-from small_base import write_chat_base, write_rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_base(tmp_path_factory.mktemp("base") / "tiny")
+from small_base import write_rows
 
 
 @pytest.fixture
-def settings(tmp_path: Path, base: Path) -> dict[str, Any]:
-    return {
-        "base": str(base),
-        "data": {
-            "train": str(write_rows(tmp_path / "train.jsonl", 21)),
-            "test": str(write_rows(tmp_path / "test.jsonl", 5, seed=9)),
-        },
-        "lora": {"r": 4, "alpha": 8},
-        "train": {"max_steps": 2, "batch_size": 6, "dtype": "fp32", "threads": 1},
-        "evaluate": {"max_new_tokens": 3},
-        "output": {"dir": str(tmp_path / "runs"), "name": "run", "save_every": "never"},
-    }
+def settings(short_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    short_run["data"]["test"] = str(write_rows(tmp_path / "test.jsonl", 5, seed=9))
+    short_run["train"]["max_steps"] = 2
+    return short_run
 
 
 def subject(settings: dict[str, Any]) -> Subject:

@@ -19,37 +19,19 @@ from lorimer.errors import Interrupted, StorageError, Terminated, UserError
 from lorimer.run import RunFolder
 from lorimer.storage import verify_folder
 from lorimer.train import loop as loop_module
+from lorimer.train import stop as stop_module
 from lorimer.train.loop import Session, train
 from lorimer.train.metrics import Silent
-from small_base import write_chat_base, write_rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_base(tmp_path_factory.mktemp("base") / "tiny")
+from small_base import write_rows
 
 
 @pytest.fixture
-def settings(tmp_path: Path, base: Path) -> dict[str, Any]:
-    return {
-        "base": str(base),
-        "data": {
-            "train": str(write_rows(tmp_path / "train.jsonl", 21)),
-            "valid": str(write_rows(tmp_path / "valid.jsonl", 4, seed=7)),
-        },
-        "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
-        "train": {
-            "epochs": 2,
-            "batch_size": 6,
-            "learning_rate": 5e-3,
-            "dtype": "fp32",
-            "threads": 1,
-            "eval_every": 2,
-            "micro_batch_tokens": 60,
-        },
-        "evaluate": {"max_new_tokens": 3, "batch_size": 1},
-        "output": {"dir": str(tmp_path / "runs"), "name": "run", "save_every": "never"},
-    }
+def settings(short_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    short_run["data"]["valid"] = str(write_rows(tmp_path / "valid.jsonl", 4, seed=7))
+    short_run["lora"]["dropout"] = 0.1
+    short_run["train"] |= {"eval_every": 2, "micro_batch_tokens": 60}
+    short_run["evaluate"]["batch_size"] = 1
+    return short_run
 
 
 def begun(settings: dict[str, Any], name: str, **named: Any) -> Path:
@@ -89,7 +71,7 @@ def test_a_step_that_takes_too_long_is_left_before_its_update(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = begun(settings, "whole")
-    monkeypatch.setattr(loop_module, "STOP_PATIENCE", 0.0)
+    monkeypatch.setattr(stop_module, "STOP_PATIENCE", 0.0)
     real = Session.one_step
 
     def asked_in_the_middle(self: Session, step: int) -> None:
@@ -111,7 +93,7 @@ def test_an_evaluation_that_was_left_is_made_up_for(
 ) -> None:
     settings["train"]["early_stopping_patience"] = 2
     whole = begun(settings, "whole")
-    monkeypatch.setattr(loop_module, "STOP_PATIENCE", 0.0)
+    monkeypatch.setattr(stop_module, "STOP_PATIENCE", 0.0)
     real = Session.evaluate
 
     def asked_in_the_middle(self: Session) -> None:

@@ -107,6 +107,7 @@ def summary(result: RunResult) -> dict[str, Any]:
     return {
         "run": str(result.path),
         "adapter": str(result.adapter),
+        "report": str(result.path / "report.html"),
         "steps": result.steps,
         "loss": result.loss,
         "valid_loss": result.valid_loss,

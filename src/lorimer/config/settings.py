@@ -158,6 +158,7 @@ class TrainConfig(Block):
     max_steps: int | None = Field(
         None,
         ge=1,
+        le=10**9,
         examples=[100],
         description="Train for this many optimizer steps, whatever `epochs` says.",
     )

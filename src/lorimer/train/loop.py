@@ -7,12 +7,11 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ import torch
 from lorimer import __version__
 from lorimer.bases.open import open_base
 from lorimer.bases.store import resolve_base
-from lorimer.config import RunConfig, dump_yaml, read_config
+from lorimer.config import RunConfig, dump_yaml
 from lorimer.data.batch import StepStream
 from lorimer.data.pack import Pack, shared_prefix, split_into_packs
 from lorimer.data.prepare import Prepared, prepare
@@ -54,7 +53,7 @@ from lorimer.lora.targets import describe_targets, select_targets
 from lorimer.machine import look, memory
 from lorimer.model.load import choose_place, load_decoder
 from lorimer.model.loss import pack_losses
-from lorimer.run import RunFolder, create_run, find_run
+from lorimer.run import RunFolder, create_run
 from lorimer.storage import check_space, check_writable, verify_folder, write_file
 from lorimer.train.checkpoint import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
 from lorimer.train.deadline import Deadline, seconds_of
@@ -74,15 +73,15 @@ from lorimer.train.plan import (
 )
 from lorimer.train.preflight import Subject, Tick, timed
 from lorimer.train.profile import VIEWERS, Profile, table_text
+from lorimer.train.resume import resumed_run
 from lorimer.train.schedule import learning_rate, warmup_steps
 from lorimer.train.step import StepGivenUp, StepResult, train_step
+from lorimer.train.stop import Stop, interruptible
 from lorimer.train.trackers import Trackers, open_trackers
 
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
 LISTED = 200  # rows of a kind that run.json lists
 ENDLESS = 10**9  # steps of a run that only time ends
-# Seconds that a step may go on once somebody asked to stop: those who send SIGTERM wait 30 or so.
-STOP_PATIENCE = 12.0
 
 
 @dataclass(slots=True)
@@ -163,90 +162,6 @@ def _steps(session: Session, stop: Stop) -> RunResult:
     except StepGivenUp:
         session.save()
         raise session.interrupted() from None
-
-
-def resumed_run(config: RunConfig | None, resume: str | Path) -> tuple[RunFolder, RunConfig]:
-    """The run to go on with, and its settings with what `config` changes of them."""
-    run = find_run(str(resume), Path(config.output.dir if config else "runs"))
-    saved = read_config(run.config, [])
-    return run, saved if config is None else _changed(saved, config, run)
-
-
-# What may be another on resume: it does not change what the steps before have computed.
-MAY_CHANGE = {
-    "train.epochs",
-    "train.max_steps",
-    "train.budget",
-    "train.eval_every",
-    "train.early_stopping_patience",
-    "train.micro_batch_tokens",
-    "train.recompute",
-    "train.threads",
-    "output",
-    "evaluate",
-    "data.test",
-}
-
-
-def _changed(saved: RunConfig, given: RunConfig, run: RunFolder) -> RunConfig:
-    """The given settings, if they differ from the run's only where that is allowed."""
-    old, new = _flat(saved.model_dump()), _flat(given.model_dump())
-    for key, value in new.items():
-        allowed = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
-        if old.get(key) != value and not allowed:
-            raise ConfigError(
-                f"`{key}` is {value!r} and the run was begun with {old.get(key)!r}",
-                fix="Resume with the run's own value, or start a new run.",
-                path=run.config,
-            )
-    return given
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
-    return flat
-
-
-@dataclass(slots=True)
-class Stop:
-    """Set by the first Ctrl-C or SIGTERM; the step at hand is finished and saved, unless it takes long."""
-
-    number: int | None = None
-    since: float = 0.0
-
-    @property
-    def asked(self) -> bool:
-        return self.number is not None
-
-    @property
-    def overdue(self) -> bool:
-        """Whether the step has had its time: who asked may kill the process soon."""
-        return self.asked and time.monotonic() - self.since > STOP_PATIENCE
-
-
-@contextmanager
-def interruptible() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM asks to stop, the second ends at once. Only the main thread listens."""
-    stop = Stop()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
-            raise Terminated("ended at once") if number == signal.SIGTERM else KeyboardInterrupt
-        stop.number, stop.since = number, time.monotonic()
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, on_signal) for number in numbers]
-    except ValueError:
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 class Session:
