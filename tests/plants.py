@@ -91,9 +91,8 @@ PLANTS = (
         "        rows = PackRows((sum(lengths),), prefix, self.device)\n        hidden_TH = self.embed(ids_T)\n        last",
     ),
     Plant(
-        (18,), "positions go on from row to row", "model/decoder.py",
-        "        turn = Turn(*self.rope.for_rows(lengths, prefix))\n        rows = PackRows(lengths, prefix, self.device)\n        hidden_TH",
-        "        turn = Turn(*self.rope.for_rows((sum(lengths),), prefix))\n        rows = PackRows(lengths, prefix, self.device)\n        hidden_TH",
+        (18,), "a row's first token is predicted by the row before it", "data/pack.py",
+        "trained = np.flatnonzero(examples[i].trained[1:]) + 1\n        before", "trained = np.flatnonzero(examples[i].trained)\n        before",
     ),
     Plant(
         (19,), "long rows are left out in silence", "data/prepare.py",
@@ -184,8 +183,16 @@ PLANTS = (
         "return plain_F / factor, _yarn_attention(factor, spec)",
     ),
     Plant(
-        (59, 66), "each epoch has the order of the first", "data/batch.py",
+        (24,), "each epoch has the order of the first", "data/batch.py",
         "order = self._order(epoch)", "order = self._order(0)",
+    ),
+    Plant(
+        (59,), "the order begins anew after a resume", "train/loop.py",
+        "rows = self.stream.step_rows(step)", "rows = self.stream.step_rows(step - (self.saved_step or 0))",
+    ),
+    Plant(
+        (66,), "steps are counted from one", "data/batch.py",
+        "epoch, part = divmod(step, self.steps_per_epoch)\n        order", "epoch, part = divmod(step + 1, self.steps_per_epoch)\n        order",
     ),
     Plant(
         (60,), "dropout draws from a generator that goes on", "lora/layers.py",

@@ -417,6 +417,20 @@ def test_no_alpha_no_guess(saved: tuple[Tiny, Path]) -> None:
         attach(*saved)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_alpha": "x"}, {"lora_alpha": True}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 3}},
+     {"alpha_pattern": {"q_proj": "x"}}, {"lora_dropout": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_are_no_numbers_are_named(saved: tuple[Tiny, Path], change: dict[str, Any]) -> None:
+    tiny, folder = saved
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(AdapterError, match=next(iter(change))):
+        attach_adapter(tiny.decoder, read_adapter(folder))
+
+
 def test_no_tensors(saved: tuple[Tiny, Path]) -> None:
     rewrite(saved[1], lambda tensors: tensors.clear())
     with pytest.raises(AdapterError, match="holds no tensors"):

@@ -183,3 +183,22 @@ def test_defaults_of_what_a_config_may_leave_out() -> None:
     spec = read_spec(needed | {"model_type": "llama"}, path="p")
     assert (spec.kv_heads, spec.head_dim, spec.rope.theta, spec.tied_head) == (6, 6, 10_000.0, False)
     assert read_spec(needed | {"model_type": "qwen3"}, path="p").head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", -1),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", 10**20),
+        ("vocab_size", "many"),
+        ("head_dim", [3]),
+        ("max_position_embeddings", True),
+        ("sliding_window", -4),
+        ("rms_norm_eps", "x"),
+        ("rope_theta", float("inf")),
+    ],
+)
+def test_a_size_that_is_none_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(BaseError, match=rf"`{name}` is .*\(wanted: a"):
+        read_spec({"model_type": "mistral"} | SHAPE | {name: value}, path="x")

@@ -192,7 +192,7 @@ def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Targ
         ranks={path: files.tensors[path + suffix].shape[0] for path in paths},
         alphas={path: alpha_of(files.config, path) for path in paths},
         rslora=bool(files.config.get("use_rslora", False)),
-        dropout=float(files.config.get("lora_dropout", 0.0)),
+        dropout=_number(files.config.get("lora_dropout") or 0.0, "lora_dropout"),
         bias=str(files.config.get("bias", "none")),
         modules_to_save=saved,
         tie=decoder.spec.tied_head and one,
@@ -201,15 +201,30 @@ def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Targ
 
 
 def alpha_of(config: Mapping[str, Any], path: str) -> float:
-    """PEFT's alpha_pattern: a key is the end of a path, or a pattern for it."""
+    """PEFT's alpha_pattern: a key is the end of a path, or a pattern for it. Raises AdapterError."""
     import re
 
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return float(value)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"`alpha_pattern` in {CONFIG} should be a JSON object")
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", path)
+        except re.error as error:
+            raise AdapterError(
+                f"`alpha_pattern` in {CONFIG} has no pattern: {pattern!r}: {error}"
+            ) from error
+        if found:
+            return _number(value, "alpha_pattern")
     if config.get("lora_alpha") is None:
         raise AdapterError(f"{CONFIG} does not say `lora_alpha`")
-    return float(config["lora_alpha"])
+    return _number(config["lora_alpha"], "lora_alpha")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise AdapterError(f"`{name}` in {CONFIG} is {repr(value)[:40]} (wanted: a number)")
+    return float(value)
 
 
 def save_adapter(

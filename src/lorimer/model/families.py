@@ -6,6 +6,7 @@ those of Hugging Face, the same for all of these; decoder.py lists them once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -61,6 +62,7 @@ def read_spec(config: Config, *, path: str) -> ModelSpec:
     if activation not in ("silu", "swish"):
         raise BaseError(f"the activation `{activation}` is not supported (wanted: silu)", path=path)
     try:
+        _check_sizes(config)
         return family(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         name = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
@@ -69,6 +71,34 @@ def read_spec(config: Config, *, path: str) -> ModelSpec:
             fix="Check config.json against the model's original.",
             path=path,
         ) from error
+
+
+# The most that a config may say; beyond it is damage, and memory would be asked for by it.
+SIZES = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "head_dim": 10**5,
+    "max_position_embeddings": 10**9,
+    "sliding_window": 10**9,
+}
+
+
+def _check_sizes(config: Config) -> None:
+    """Raise ValueError for a size that is no size."""
+    for name, most in SIZES.items():
+        value = config.get(name)
+        if value is None or (name == "sliding_window" and value is False):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
+            raise ValueError(f"`{name}` is {value!r} (wanted: a whole number from 1 to {most:,})")
+    for name in ("rms_norm_eps", "rope_theta"):
+        value = config.get(name)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise ValueError(f"`{name}` is {value!r} (wanted: a number from 0)")
 
 
 def _spec(config: Config, *, head_dim: int | None = None, **differs: Any) -> ModelSpec:
