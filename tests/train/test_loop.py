@@ -158,6 +158,7 @@ class StopAfter(Silent):
 @pytest.mark.trap(59)
 @pytest.mark.trap(60)
 @pytest.mark.trap(61)
+@pytest.mark.trap(65)
 @pytest.mark.parametrize("stop", [1, 4, 6])
 def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bytes(
     settings: dict[str, Any], tmp_path: Path, stop: int
