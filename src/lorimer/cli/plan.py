@@ -20,7 +20,7 @@ PARTS = {
     "activations": "activations",
     "workspace": "workspace",
 }
-ASIDE = {"loading": "loading", "evaluation": "evaluation", "merging": "merging"}
+ASIDE = {"loading": "loading", "preflight": "preflight", "evaluation": "evaluation", "merging": "merging"}
 BAR = 24
 
 

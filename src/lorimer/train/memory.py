@@ -18,6 +18,7 @@ from lorimer.model.load import STRETCH
 from lorimer.model.spec import ModelSpec
 
 FLOAT = 4
+PREFLIGHT_TOKENS = 4 * 96  # at most, of preflight's rows together
 # Pages of libraries that the first step touches, and what its small tensors leave in the C library's heap.
 TOUCHED = 45_000_000
 # Bytes of state for each trained number.
@@ -33,8 +34,8 @@ STATE = {
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by part. Steps hold all but `loading`, `evaluation` and `merging`; the larger of activations
-    with workspace and evaluation comes on top of what is held."""
+    """Bytes by part. Steps hold all but the last four; the largest of activations with workspace, preflight
+    and evaluation comes on top of what is held."""
 
     program: int  # Python, PyTorch and the tokenised rows
     weights: int
@@ -43,6 +44,7 @@ class Memory:
     optimizer: int
     activations: int
     workspace: int
+    preflight: int  # what is checked before the first step
     evaluation: int
     loading: int  # beside weights, while they are read
     merging: int  # of `lorimer merge`, a process of its own
@@ -54,7 +56,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Of the run: while loading, in a step, or while evaluating."""
-        during = max(self.activations + self.workspace, self.evaluation)
+        during = max(self.activations + self.workspace, self.preflight, self.evaluation)
         return max(self.program + self.weights + self.loading, self.held + during)
 
     def parts(self) -> dict[str, int]:
@@ -191,6 +193,13 @@ def workspace_bytes(shape: Shape, tokens: int, trained: int) -> int:
     return layer + (3 * spec.hidden_size * shape.size + 16) * trained
 
 
+def preflight_bytes(shape: Shape) -> int:
+    """A step of preflight's few rows, and a second gradient to compare with."""
+    tokens = PREFLIGHT_TOKENS
+    step = activation_bytes(shape, tokens, tokens // 2) + workspace_bytes(shape, tokens, tokens // 2)
+    return FLOAT * trained_numbers(shape) + step
+
+
 def evaluation_bytes(shape: Shape, tokens: int, rows: int, positions: int) -> int:
     """The larger of: the validation loss, one layer at a time; answering `rows` prompts side by side,
     with keys and values of `positions` each, the logits of every row, and a prompt's layer."""
@@ -243,6 +252,7 @@ def count(
         optimizer=int(STATE[shape.optimizer] * numbers),
         activations=activation_bytes(shape, tokens, trained),
         workspace=workspace_bytes(shape, tokens, trained),
+        preflight=preflight_bytes(shape),
         evaluation=evaluation_bytes(shape, tokens, rows, positions),
         loading=loading_bytes(shape, file_bytes),
         merging=program + TOUCHED + FLOAT * (parameters(shape.spec) + numbers),

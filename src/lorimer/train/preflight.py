@@ -9,7 +9,8 @@ Letters: T tokens, M trained positions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,17 +90,20 @@ class Subject:
                 found[row] = losses_M[pack.owner_M == place]
         return torch.cat([found[row] for row in sorted(found)])
 
-    def gradient(self, packs: Sequence[Pack]) -> Tensor:
-        """Of the mean loss, to all of the adapter's numbers."""
+    @contextmanager
+    def gradient(self, packs: Sequence[Pack]) -> Iterator[Tensor]:
+        """Of the mean loss, to all of the adapter's numbers: where the optimizer will find it, until the
+        end of the block."""
         grad = self.adapter.flat.grad
         assert grad is not None
         grad.zero_()
         trained = sum(pack.trained_tokens for pack in packs)
-        for pack in packs:
-            pack_loss(self.model.decoder, pack, weight=1.0 / trained)[0].backward()
-        found = grad.clone()
-        grad.zero_()
-        return found
+        try:
+            for pack in packs:
+                pack_loss(self.model.decoder, pack, weight=1.0 / trained)[0].backward()
+            yield grad
+        finally:
+            grad.zero_()
 
 
 def _cut(example: Example) -> Example:
@@ -267,25 +271,27 @@ class _Shaken:
         self.adapter = adapter
 
     def __enter__(self) -> None:
-        self.kept = self.adapter.flat.detach().clone()
+        named = self.adapter.tensors.items()
+        self.zeros = [tensor for name, tensor in named if ".lora_B." in name and not tensor.any()]
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for name, tensor in self.adapter.tensors.items():
-                if ".lora_B." in name and not tensor.any():
-                    tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+            for tensor in self.zeros:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
         self.adapter.refresh()
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
-            self.adapter.flat.copy_(self.kept)
+            for tensor in self.zeros:
+                tensor.zero_()
         self.adapter.refresh()
 
 
 def _splitting(subject: Subject) -> str:
     with _Shaken(subject.adapter):
-        whole = subject.gradient(subject.packs(together=True))
-        split = subject.gradient(subject.packs(together=False, share=False))
-    apart = float((whole - split).norm() / whole.norm().clamp_min(1e-30))
+        with subject.gradient(subject.packs(together=True)) as grad:
+            whole = grad.clone()
+        with subject.gradient(subject.packs(together=False, share=False)) as grad:
+            apart = float(grad.sub_(whole).norm() / whole.norm().clamp_min(1e-30))
     limit = GRADIENT_APART[subject.model.decoder.dtype]
     if not apart <= limit:
         raise _Failed(
@@ -296,13 +302,9 @@ def _splitting(subject: Subject) -> str:
 
 
 def _gradients(subject: Subject) -> str:
-    with _Shaken(subject.adapter):
-        found = subject.gradient(subject.packs(together=True))
-    offset, silent = subject.adapter.flat.data_ptr(), []
-    for name, tensor in subject.adapter.tensors.items():
-        start = (tensor.data_ptr() - offset) // tensor.element_size()
-        if not found[start : start + tensor.numel()].any():
-            silent.append(name)
+    with _Shaken(subject.adapter), subject.gradient(subject.packs(together=True)):
+        tensors = subject.adapter.tensors.items()
+        silent = [name for name, tensor in tensors if tensor.grad is None or not tensor.grad.any()]
     if silent:
         raise _Failed(
             f"{len(silent)} of {len(subject.adapter.tensors)} adapter tensors get no gradient: "
