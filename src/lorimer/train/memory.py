@@ -21,6 +21,8 @@ FLOAT = 4
 PREFLIGHT_TOKENS = 4 * 96  # at most, of preflight's rows together
 # Pages of libraries that the first step touches, and what its small tensors leave in the C library's heap.
 TOUCHED = 45_000_000
+# And those that PyTorch's checkpointing brings.
+AGAIN_TOUCHED = 25_000_000
 # Bytes of state for each trained number.
 STATE = {
     "adamw": 8.0,
@@ -189,7 +191,7 @@ def workspace_bytes(shape: Shape, tokens: int, trained: int) -> int:
     if shape.recompute == "mlp":
         layer += 2 * spec.intermediate_size * shape.size * tokens
     elif shape.recompute != "none":
-        layer += tokens * token_bytes(shape, "none")
+        layer += tokens * token_bytes(shape, "none") + AGAIN_TOUCHED
     return layer + (3 * spec.hidden_size * shape.size + 16) * trained
 
 
