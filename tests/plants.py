@@ -87,8 +87,8 @@ PLANTS = (
     ),
     Plant(
         (17,), "rows of a pack attend to each other", "model/decoder.py",
-        "        rows = PackRows(lengths, prefix, self.device)\n        hidden_TH = self.embed(ids_T)\n        last",
-        "        rows = PackRows((sum(lengths),), prefix, self.device)\n        hidden_TH = self.embed(ids_T)\n        last",
+        "        rows = PackRows(lengths, prefix, self.device)\n        hidden_TH = self.embed(ids_T, rows)\n        last",
+        "        rows = PackRows((sum(lengths),), prefix, self.device)\n        hidden_TH = self.embed(ids_T, rows)\n        last",
     ),
     Plant(
         (18,), "a row's first token is predicted by the row before it", "data/pack.py",

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lorimer.bases.open import BaseFiles, open_base
 from lorimer.data.template import Example
@@ -41,8 +41,6 @@ PEFT_SAYS = (
 PEFT_NOISE = [pytest.mark.filterwarnings(f"ignore:(?s).*{words}") for words in PEFT_SAYS]
 
 FP32 = Place(torch.device("cpu"), torch.float32)
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-FAMILIES = tuple(CONFIGS)
 SHAPE = {
     "vocab_size": 101,
     "hidden_size": 36,
@@ -64,7 +62,35 @@ DIFFERS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 3},
+    "gemma": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "sliding_window": 5, "query_pre_attn_scalar": 7}
+    | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5},
+    "gemma3_text": {"num_key_value_heads": 2, "sliding_window": 5, "query_pre_attn_scalar": 7}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 9, "head_dim": 6},
+    "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0, 1]},
+    "olmo2": {"num_key_value_heads": 2, "head_dim": 6},
+    "granite": {"num_key_value_heads": 2, "embedding_multiplier": 3.0, "logits_scaling": 4.0}
+    | {"residual_multiplier": 0.3, "attention_multiplier": 0.2},
+    "cohere": {"num_key_value_heads": 2, "logit_scale": 0.3, "head_dim": 6, "layer_norm_eps": 1e-4},
+    "cohere2": {"num_key_value_heads": 2, "logit_scale": 0.3, "sliding_window": 5}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "stablelm": {"num_key_value_heads": 2, "use_qkv_bias": True, "head_dim": 6}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}},
+    "starcoder2": {"num_key_value_heads": 2, "sliding_window": 7, "head_dim": 6},
+    "gpt2": {"n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 64, "n_inner": 52},
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}
+    },
+    "opt": {"ffn_dim": 52, "word_embed_proj_dim": 36},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 52, "bias": True},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_key_value_heads": 3, "num_experts": 5, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 20, "mlp_only_layers": [1], "norm_topk_prob": True},
 }
+FAMILIES = tuple(DIFFERS)
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")  # of Llama's shape
+CLASSIC = ("gpt2", "gpt_neox", "opt", "falcon")
 
 
 @dataclass
@@ -79,14 +105,17 @@ class Tiny:
 
 def make_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Tiny:
     """A random model of this family, saved to `folder` and opened by both sides in float32."""
-    config = CONFIGS[family](**(SHAPE | DIFFERS[family] | changes))
+    shape = SHAPE | DIFFERS[family] | changes
+    # Architectures before Llama know one size of head.
+    unknown = ("head_dim", "num_key_value_heads") if family in CLASSIC else ()
+    config = CONFIG_MAPPING[family](**{k: v for k, v in shape.items() if k not in unknown})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
             if value.dim() > 1:
-                value.copy_(noise * value.shape[1] ** -0.5 * (5 if "embed" in name else 1))
+                value.copy_(noise * value.shape[-1] ** -0.5 * (5 if "embed" in name else 1))
             else:
                 value.copy_(0.3 * noise + (1 if "norm" in name else 0))
     model.save_pretrained(folder)

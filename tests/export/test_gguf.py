@@ -30,7 +30,7 @@ from lorimer.model.load import load_decoder, read_weight
 from lorimer.quant.gguf_blocks import dequantise
 from lorimer.quant.gguf_encode import encode
 from small_base import CHATML, write_chat_base
-from tiny import FAMILIES, FP32, difference, our_logits, random_rows
+from tiny import FP32, LLAMAS, difference, our_logits, random_rows
 
 Make = Callable[..., Any]
 # The 64 numbers of a row hold blocks of 32, 256 those of the K types; 40 (the heads) hold neither.
@@ -117,7 +117,7 @@ def test_every_type_holds_the_merged_weights_rounded_once(
         assert apart(loaded(report.path), live) < bounds[kind]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_a_base_alone_and_its_names_metadata_and_template(family: str, tmp_path: Path) -> None:
     folder = write_chat_base(tmp_path / "base", family, tie_word_embeddings=True)
     source = open_source(str(folder))

@@ -18,11 +18,12 @@ from lorimer.generate.sampling import Sampling
 from lorimer.kernels.native import library
 from lorimer.model.decoder import Decoder
 from model_cases import CASES
-from tiny import FAMILIES, Tiny, make_tiny, our_logits, random_rows
+from tiny import LLAMAS, Tiny, make_tiny, our_logits, random_rows
 
 PROMPTS = random_rows((5, 1, 17, 9, 9, 30), seed=4)
 GREEDY, WARM = Sampling(), Sampling(temperature=1.5, top_p=0.95, seed=11)
 EOS = [2]
+ON_TAPE = (*LLAMAS, "gemma", "phi3", "smollm3")  # whose step is native kernels alone
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}}
 
 
@@ -59,16 +60,18 @@ def test_greedy_equals_transformers(name: str, penalty: float, tmp_path: Path) -
             eos_token_id=EOS,
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
+        if name == "llama longrope" and len(prompt) <= 16 < len(prompt) + len(theirs):
+            continue  # there transformers goes on with keys that were turned for a short row
         ended = "eos" if theirs[-1] in EOS else "length"
         assert answer.tokens == [token for token in theirs if token not in EOS]
         assert answer.ended == ended
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ON_TAPE)
 def test_the_next_token_runs_from_a_tape(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every family, with the answers that there are without tapes."""
+    """With the answers that there are without tapes."""
     decoder = make_tiny(tmp_path, family, head_dim=16, **BIASES.get(family, {})).decoder
     with_tape = ids(answers(decoder))
     replayed = []

@@ -87,7 +87,7 @@ def test_project(before: str, residual: bool, bias: bool, drop: bool, lora: bool
         before=rule,
         residual_TO=rest if residual else None,
         dropout=Dropout(pool, picks) if drop else None,
-        norm_parameter=norm if before == "norm" else None,
+        norm_parameters=(norm if before == "norm" else None, None),
         bias_parameter=offset if bias else None,
         factors=(stacked, b1, b2) if lora else (),
     )
@@ -142,7 +142,7 @@ def test_rms_norm_over_heads(trained: bool) -> None:
     wide, wide_weight = x.detach().double().requires_grad_(), weight.double().requires_grad_()
     exact = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * wide_weight
     exact.backward(grad.double())
-    output = dispatch.rms_norm(x, Norm(weight, 1e-3), parameter if trained else None)
+    output = dispatch.normed(x, Norm(weight, 1e-3), (parameter if trained else None, None))
     output.backward(grad)
     assert difference(output.detach(), exact.detach()) < 1e-6
     assert x.grad is not None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorimer.data.pack import make_pack, shared_prefix, split_into_packs
+from lorimer.kernels.dispatch import Scores
 from lorimer.lora.layers import LoraSpec, inject
 from lorimer.lora.targets import all_targets
 from lorimer.model.attention import group_rows
@@ -100,7 +101,7 @@ def test_gradients_by_autograd_in_float64(window: int | None) -> None:
     groups = group_rows([3, 5, 5, 30], CPU, 9)
     leaves = [torch.randn(9 + 43, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     weight = torch.randn(9 + 43, 16, dtype=torch.float64)
-    (attend(*leaves, groups, scale=0.5, window=window) * weight).sum().backward()
+    (attend(*leaves, groups, Scores(0.5, window)) * weight).sum().backward()
     mine = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
     starts = [9, 12, 17, 22, 52]
     copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]

@@ -94,7 +94,7 @@ def test_a_stack_with_one_dense_weight_is_dense(tmp_path: Path) -> None:
     )
     decoder = load_decoder(open_base(path), FP32, QuantConfig(kind="keep"))
     assert isinstance(decoder.layers[0].qkv.linear.weight, DenseLinear)
-    assert isinstance(decoder.layers[0].down.linear.weight, QuantLinear)
+    assert isinstance(decoder.layers[0].projections()[-1].linear.weight, QuantLinear)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -116,7 +116,7 @@ def test_nan_names_the_module_that_it_comes_from(
         if step == 2:
             decoder = self.model.decoder
             layer = decoder.layers[1]
-            group = layer.qkv if "attn" in where else layer.down
+            group = layer.qkv if "attn" in where else layer.projections()[-1]
             weight = decoder.embedding.weight if where == "embed_tokens" else group.linear.weight
             weight.weight_OI.view(-1)[::7] = torch.nan  # type: ignore[attr-defined]
         real(self, step)

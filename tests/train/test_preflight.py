@@ -115,7 +115,7 @@ def started(given: Subject, patch: pytest.MonkeyPatch) -> None:
 
 def cut_off(given: Subject, patch: pytest.MonkeyPatch) -> None:
     """The last layer's down projection is not adapted in the forward, and stays in the optimizer."""
-    given.model.decoder.layers[-1].down.adapted = None
+    given.model.decoder.layers[-1].projections()[-1].adapted = None
 
 
 def untrained_token(given: Subject, patch: pytest.MonkeyPatch) -> None:

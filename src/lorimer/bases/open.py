@@ -119,6 +119,18 @@ def open_base(path: str | Path) -> BaseFiles:
     return GgufBase(inside[0])
 
 
+def present_name(config: Mapping[str, Any], name: str) -> str:
+    """A tensor's name as transformers has it now: some published files are older than their prefix."""
+    kind = config.get("model_type")
+    if kind == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+        return f"transformer.{name}"
+    if kind == "opt" and name.startswith("decoder."):
+        return f"model.{name}"
+    if kind == "gpt_neox" and name.startswith("embed_out."):
+        return name.replace("embed_out", "lm_head", 1)
+    return name
+
+
 class FolderBase(BaseFiles):
     """config.json, model.safetensors or its shards, tokenizer.json."""
 
@@ -135,14 +147,18 @@ class FolderBase(BaseFiles):
         self.chat_template = self._text("chat_template.jinja") or self._template()
         self._files: dict[str, SafetensorsFile] = {}
         for file in self._weight_files():
-            self._files |= dict.fromkeys(file.tensors, file)
-        self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
+            self._files |= {present_name(self.config, name): file for name in file.tensors}
+        self._own = {present_name(self.config, n): n for file in self.files() for n in file.tensors}
+        self.tensors = {name: file.tensors[self._own[name]] for name, file in self._files.items()}
+
+    def files(self) -> list[SafetensorsFile]:
+        return list({id(file): file for file in self._files.values()}.values())
 
     def raw(self, name: str) -> Bytes:
-        return self._files[name].raw(name)
+        return self._files[name].raw(self._own[name])
 
     def release(self) -> None:
-        for file in {id(file): file for file in self._files.values()}.values():
+        for file in self.files():
             file.release()
 
     def _text(self, name: str) -> str | None:

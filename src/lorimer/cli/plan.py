@@ -206,7 +206,7 @@ def guide_rows() -> list[tuple[str, str, float, str]]:
             max_positions=4096,
             tied_head=False,
         )
-        modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        modules = [path for group in spec.groups(0) for path in group.paths]
         for method in ("full", "LoRA", "QLoRA"):
             quant = QuantConfig(kind="nf4" if method == "QLoRA" else "none")
             ranks, everywhere = dict.fromkeys(modules, 16), dict.fromkeys(modules, layers)

@@ -15,6 +15,8 @@ from lorimer.config import QuantConfig
 from lorimer.errors import UserError
 from lorimer.export.source import Source
 from lorimer.lora.merge import TYPES, ShardWriter, check_target, merged_config, merged_tensors
+from lorimer.model.load import is_router
+from lorimer.model.spec import ModelSpec
 from lorimer.quant.bnb import config_of, state_tensors
 from lorimer.quant.nf4 import quantise
 from lorimer.quant.part import FOUR_BIT
@@ -61,7 +63,7 @@ def export_bnb(
         for name, value in merged:
             counts["tensors"] += 1
             stored = {name: value}
-            if is_projection(name, value):
+            if is_projection(source.spec, name, value):
                 counts["quantised"] += 1
                 part = quantise(value, kind, quant.block_size, double=quant.double)
                 stored = state_tensors(name, part, NAMES[dtype])
@@ -80,6 +82,6 @@ def export_bnb(
     return BnbReport(out, kind, counts["tensors"], counts["quantised"], counts["adapted"], counts["bytes"])
 
 
-def is_projection(name: str, value: Tensor) -> bool:
-    """What bitsandbytes replaces: the matrices of the layers, never embedding, head or norms."""
-    return name.startswith("model.layers.") and value.dim() == 2
+def is_projection(spec: ModelSpec, name: str, value: Tensor) -> bool:
+    """What bitsandbytes replaces: the matrices of the layers, never embedding, head, router or norms."""
+    return name.startswith(spec.names.layers + ".") and value.dim() == 2 and not is_router(spec, name)

@@ -21,10 +21,10 @@ from lorimer.errors import BaseError, LorimerError, UserError
 from lorimer.export.mix import FILE_TYPES, tensor_type
 from lorimer.export.source import Source
 from lorimer.export.vocabulary import end_of_turn, space_note
-from lorimer.lora.merge import EMBEDDING, HEAD, merged_tensors, untied
+from lorimer.lora.merge import embedding_name, head_name, merged_tensors, untied
+from lorimer.model.load import stored_shape
 from lorimer.model.rope import frequencies, plain_frequencies
 from lorimer.model.spec import ModelSpec
-from lorimer.quant.bnb import stored_shape
 from lorimer.quant.gguf_blocks import BLOCKS
 from lorimer.quant.gguf_encode import encode, encoded_bytes
 from lorimer.storage import check_space, make_folder, write_stream
@@ -109,15 +109,16 @@ def _names(source: Source) -> Iterator[tuple[str, str]]:
     """The names of the weights that are written: Hugging Face's and llama.cpp's."""
     apart = untied(source.spec, source.update)
     for name in source.base.tensors:
-        if name == HEAD and source.spec.tied_head and not apart:
+        if name == head_name(source.spec) and source.spec.tied_head and not apart:
             continue  # a copy of the embedding that the model does not read
         known = llama_cpp_name(name)
         if known is not None:
             yield name, known
         elif name.endswith((".weight", ".bias")) and name != ROPE_DIVISORS:
             raise BaseError(f"llama.cpp has no name for the weight `{name}`", path=source.base.path)
-    if apart and HEAD not in source.base.tensors:
-        yield HEAD, "output.weight"
+    head = head_name(source.spec)
+    if apart and head not in source.base.tensors:
+        yield head, "output.weight"
 
 
 def _plan(source: Source, kind: str) -> list[TensorEntry]:
@@ -125,7 +126,8 @@ def _plan(source: Source, kind: str) -> list[TensorEntry]:
     tied = source.spec.tied_head and not untied(source.spec, source.update)
     tensors = []
     for own, name in _names(source):
-        shape = stored_shape(source.base, own if own in source.base.tensors else EMBEDDING)
+        stored = own if own in source.base.tensors else embedding_name(source.spec)
+        shape = stored_shape(source.base, source.spec, stored)
         dtype = tensor_type(name, shape, kind, layers=source.spec.layers, tied=tied)
         tensors.append(TensorEntry(name, dtype, shape, encoded_bytes(shape, dtype)))
     divisors = _rope_divisors(source)

@@ -19,6 +19,7 @@ from lorimer.export.vocabulary import vocabulary_entries
 from lorimer.generate.model import adapter_folder, base_of, trained_quant
 from lorimer.lora.adapter import AdapterFiles, alpha_of, check_base, is_adapter, read_adapter
 from lorimer.lora.layers import LoraSpec
+from lorimer.lora.merge import embedding_name, head_name
 from lorimer.model.families import read_spec
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.bnb import stored_shape
@@ -94,11 +95,11 @@ def _update_of(adapter: AdapterFiles, base: BaseFiles, spec: ModelSpec) -> FileU
         shape = stored_shape(base, name) if name in base.tensors else None
         if shape is None or up is None or (up.shape[0], *down.shape[1:]) != shape:
             raise _misfit(adapter, f"{path}.weight")
-    head, embedding = (adapter.tensors.get(f"{t}.weight") for t in ("lm_head", "model.embed_tokens"))
+    head, embedding = (adapter.tensors.get(n) for n in (head_name(spec), embedding_name(spec)))
     for name, tensor in adapter.tensors.items():
         if ".lora_" in name:
             continue
-        own = "model.embed_tokens.weight" if name == "lm_head.weight" and spec.tied_head else name
+        own = embedding_name(spec) if name == head_name(spec) and spec.tied_head else name
         if own not in base.tensors or tuple(tensor.shape) != base.tensors[own].shape:
             raise _misfit(adapter, name)
     lora = LoraSpec(

@@ -102,7 +102,7 @@ class _Batch:
         logits_BV = self._prompt_logits()
         while True:
             self._take(choose(*self._choice(logits_BV, sampling)), eos_ids, stop, on_token)
-            open_rows = [i for i, answer in enumerate(self.rows) if answer.ended is None]
+            open_rows = self._open()
             if not open_rows:
                 return
             if 2 * len(open_rows) <= len(self.rows):
@@ -114,6 +114,11 @@ class _Batch:
             ids = [answer.tokens[-1] if answer.tokens else answer.prompt[-1] for answer in self.rows]
             tokens_B = torch.tensor(ids, device=self.decoder.device)
             logits_BV = self.decoder.logits(self.decoder.next_hidden(tokens_B, self.cache))
+            if anew := [i for i in self._open() if self.decoder.rope.turns_anew(self.cache.lengths[i])]:
+                logits_BV[anew] = self._prompt_part(anew)
+
+    def _open(self) -> list[int]:
+        return [i for i, answer in enumerate(self.rows) if answer.ended is None]
 
     def _prompt_logits(self) -> torch.Tensor:
         """Fill the cache with the prompts; the logits after each prompt's last token."""
@@ -128,7 +133,8 @@ class _Batch:
         return torch.cat(parts)
 
     def _prompt_part(self, members: list[int]) -> torch.Tensor:
-        prompts = [self.rows[m].prompt for m in members]
+        """Compute these rows from their first token on, which fills the cache; the logits after each."""
+        prompts = [self.rows[m].prompt + self.rows[m].tokens for m in members]
         lengths = [len(prompt) for prompt in prompts]
         device = self.decoder.device
         ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)

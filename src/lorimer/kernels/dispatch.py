@@ -22,6 +22,7 @@ from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native import elementwise
 from lorimer.kernels.native.library import usable
 from lorimer.kernels.products import LowRank
+from lorimer.kernels.reference import Activation
 
 
 class Frozen(Protocol):
@@ -52,7 +53,14 @@ class FrozenHead(Protocol):
     """A head that never changes: the loss of hidden states, and its gradient."""
 
     def head_loss(
-        self, hidden_MH: Tensor, labels_M: Tensor, *, weight: float, smoothing: float, need_grad: bool
+        self,
+        hidden_MH: Tensor,
+        labels_M: Tensor,
+        *,
+        weight: float,
+        smoothing: float,
+        need_grad: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -67,14 +75,22 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMSNorm applied to the input of a projection."""
+    """RMSNorm, whose weight `offset` is added to, or LayerNorm, on the input of a projection."""
 
     weight_H: Tensor
     eps: float
+    offset: float = 0.0
+    layer: bool = False
+    bias_H: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class Gate:
-    """SwiGLU applied to the stacked gate and up outputs, the input of the down projection."""
+    """What stands before the down projection: activation(gate) * up of the stacked gate and up outputs, or
+    without `gated` the activation of the only output."""
+
+    activation: Activation = "silu"
+    gated: bool = True
 
 
 Before = Norm | Gate | None
@@ -100,13 +116,13 @@ def _project(
     input_TI: Tensor, residual_TO: Tensor | None, linear: Linear, before: Before, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = (residual +) before(x) W^T (+ bias) + dropout(before(x)) A^T (s B)^T, and what a backward
-    needs: the norm's factor, and the input times A^T."""
+    needs: the norm's factors, and the input times A^T."""
     rstd = down = None
     states = input_TI
     if isinstance(before, Norm):
-        states, rstd = _pointwise(input_TI).rms_norm(input_TI, before.weight_H, before.eps)
+        states, rstd = _normed(input_TI, before)
     elif isinstance(before, Gate):
-        states = _pointwise(input_TI).gated(input_TI, "silu")
+        states = _activated(input_TI, before)
     if linear.low_rank is not None:
         down = products.down(dropout(states) if dropout else states, linear.low_rank)
     output = linear.weight.forward(
@@ -126,6 +142,7 @@ class _Project(torch.autograd.Function):
         dropout: Dropout | None,
         again: Again | None,
         norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
         bias_O: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
@@ -142,16 +159,15 @@ class _Project(torch.autograd.Function):
         if ctx.again is not None:
             input_TI = ctx.again()
         need_input, need_residual = ctx.needs_input_grad[:2]
-        need_norm, need_bias = ctx.needs_input_grad[6:8]
-        kernels = _pointwise(input_TI)
+        need_norm, need_norm_bias, need_bias = ctx.needs_input_grad[6:9]
         grad_down = products.down_grad(grad_TO, low_rank) if low_rank is not None else None
-        grad_input = grad_norm = states = None
+        grad_input = grad_norm = grad_norm_bias = states = None
         if need_input or need_norm:
             grad_input = _states_grad(linear, grad_TO, grad_down, ctx.dropout)
             if isinstance(before, Gate):
                 # Its own output again in the same pass: the factors' gradients need it.
-                grad_input, states = kernels.gated_backward(
-                    grad_input, input_TI, "silu", again=low_rank is not None
+                grad_input, states = _activated_backward(
+                    grad_input, input_TI, before, again=low_rank is not None
                 )
         grad_factors: list[Tensor | None] = []
         if low_rank is not None and grad_down is not None:
@@ -161,8 +177,8 @@ class _Project(torch.autograd.Function):
             grad_factors = products.factor_grads(low_rank, states, down, grad_down, grad_TO, ctx.factors)
             del states
         if grad_input is not None and isinstance(before, Norm):
-            grad_input, grad_norm = kernels.rms_norm_backward(
-                grad_input, input_TI, rstd, before.weight_H, weight_grad=need_norm
+            grad_input, grad_norm, grad_norm_bias = _normed_backward(
+                grad_input, input_TI, rstd, before, weight_grad=need_norm
             )
         grad_bias = _pointwise(grad_TO).column_sums(grad_TO) if need_bias else None
         return (
@@ -173,22 +189,82 @@ class _Project(torch.autograd.Function):
             None,
             None,
             grad_norm,
+            grad_norm_bias if need_norm_bias else None,
             grad_bias,
             *grad_factors,
         )
 
 
 def _pointwise(states: Tensor) -> Any:
-    """The module whose norms and gated units take these states."""
+    """The module whose norms and units take these states."""
     return elementwise if usable(states) else reference
+
+
+def _normed(hidden: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The normed states, and what a backward needs of them beside the input."""
+    kernels = _pointwise(hidden)
+    pair: tuple[Tensor, Tensor]
+    if norm.layer:
+        pair = kernels.layer_norm(hidden, norm.weight_H, norm.bias_H, norm.eps)
+    else:
+        pair = kernels.rms_norm(hidden, norm.weight_H, norm.eps, offset=norm.offset)
+    return pair
+
+
+def _normed_again(hidden: Tensor, facts: Tensor | None, norm: Norm) -> Tensor:
+    kernels = _pointwise(hidden)
+    normed: Tensor
+    if norm.layer:
+        normed = kernels.layer_norm_apply(hidden, facts, norm.weight_H, norm.bias_H)
+    else:
+        normed = kernels.rms_norm_apply(hidden, facts, norm.weight_H, offset=norm.offset)
+    return normed
+
+
+def _normed_backward(
+    grad: Tensor, hidden: Tensor, facts: Tensor | None, norm: Norm, *, weight_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the input, and of weight and bias if wanted."""
+    kernels = _pointwise(hidden)
+    if norm.layer:
+        found: tuple[Tensor, Tensor | None, Tensor | None] = kernels.layer_norm_backward(
+            grad, hidden, facts, norm.weight_H, weight_grad=weight_grad
+        )
+        return found
+    grad_hidden, grad_weight = kernels.rms_norm_backward(
+        grad, hidden, facts, norm.weight_H, weight_grad=weight_grad, offset=norm.offset
+    )
+    return grad_hidden, grad_weight, None
+
+
+def _activated(states: Tensor, gate: Gate) -> Tensor:
+    kernels = _pointwise(states)
+    result: Tensor = (kernels.gated if gate.gated else kernels.activate)(states, gate.activation)
+    return result
+
+
+def _activated_backward(
+    grad: Tensor, states: Tensor, gate: Gate, *, again: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of its input and, if asked for, its output again."""
+    kernels = _pointwise(states)
+    if gate.gated:
+        pair: tuple[Tensor, Tensor | None] = kernels.gated_backward(
+            grad, states, gate.activation, again=again
+        )
+        return pair
+    return (
+        kernels.activate_backward(grad, states, gate.activation),
+        kernels.activate(states, gate.activation) if again else None,
+    )
 
 
 def _states(before: Before, input_TI: Tensor, rstd: Tensor | None) -> Tensor:
     """What the projection saw, computed again."""
     if isinstance(before, Norm):
-        return _pointwise(input_TI).rms_norm_apply(input_TI, rstd, before.weight_H)  # type: ignore[no-any-return]
+        return _normed_again(input_TI, rstd, before)
     if isinstance(before, Gate):
-        return _pointwise(input_TI).gated(input_TI, "silu")  # type: ignore[no-any-return]
+        return _activated(input_TI, before)
     return input_TI
 
 
@@ -211,7 +287,7 @@ def project(
     before: Before = None,
     residual_TO: Tensor | None = None,
     dropout: Dropout | None = None,
-    norm_parameter: Tensor | None = None,
+    norm_parameters: tuple[Tensor | None, Tensor | None] = (None, None),
     bias_parameter: Tensor | None = None,
     factors: tuple[Tensor, ...] = (),
     again: Again | None = None,
@@ -219,13 +295,13 @@ def project(
     """One input through all linear layers that share it, their LoRA included: [T, O].
 
     `factors` are the float32 parameters that gradients go to: the stacked A, then each B.
-    `norm_parameter` and `bias_parameter` are given only when those are trained. With `again` the input is
-    not kept for the backward, which makes it anew.
+    `norm_parameters` (weight and bias) and `bias_parameter` are given only when those are trained. With
+    `again` the input is not kept for the backward, which makes it anew.
     """
     if not torch.is_grad_enabled():
         return _project(input_TI, residual_TO, linear, before, dropout)[0]
     result: Tensor = _Project.apply(  # type: ignore[no-untyped-call]
-        input_TI, residual_TO, linear, before, dropout, again, norm_parameter, bias_parameter, *factors
+        input_TI, residual_TO, linear, before, dropout, again, *norm_parameters, bias_parameter, *factors
     )
     return result
 
@@ -260,21 +336,21 @@ class _TurnAndAttend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stacked_TS: Tensor, heads: Heads, turn: Turn, rows: Rows, scale: float, window: int | None
+        ctx: Any, stacked_TS: Tensor, heads: Heads, turn: Turn | None, rows: Rows, scores: Scores
     ) -> Tensor:
         # Its producer keeps nothing of this buffer, and nothing else reads it before it has turned.
         query, key, value = turned(stacked_TS.detach(), heads, turn)
         output, lse = native_attention.forward(
-            query, key, value, rows.offsets, rows.prefix, scale=scale, window=window
+            query, key, value, rows.offsets, rows.prefix, **scores._asdict()
         )
-        ctx.given = heads, turn, rows, scale, window
+        ctx.given = heads, turn, rows, scores
         ctx.save_for_backward(stacked_TS.detach(), output, lse)
         return output.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, grad_TA: Tensor) -> tuple[Any, ...]:
         stacked, output, lse = ctx.saved_tensors
-        heads, turn, rows, scale, window = ctx.given
+        heads, turn, rows, scores = ctx.given
         query, key, value = heads.parts(stacked)
         grad = native_attention.backward(
             grad_TA.view(output.shape),
@@ -285,11 +361,11 @@ class _TurnAndAttend(torch.autograd.Function):
             lse,
             rows.offsets,
             rows.prefix,
-            scale=scale,
-            window=window,
+            **scores._asdict(),
         )
-        elementwise.rotate_in_place(heads.turning(grad), turn.cos_TF, turn.sin_TF, backward=True)
-        return grad, None, None, None, None, None
+        if turn is not None:
+            elementwise.rotate_in_place(heads.turning(grad), turn.cos_TF, turn.sin_TF, backward=True)
+        return grad, None, None, None, None
 
 
 class Heads(NamedTuple):
@@ -323,6 +399,14 @@ class Turn(NamedTuple):
     sin_TF: Tensor
 
 
+class Scores(NamedTuple):
+    """What becomes of query times key: scaled, capped (0 for not), and seen `window` positions back."""
+
+    scale: float
+    window: int | None = None
+    softcap: float = 0.0
+
+
 class Rows(Protocol):
     """The rows of a pack: `offsets` int64 [rows + 1] of their first tokens, behind a shared prefix."""
 
@@ -333,9 +417,11 @@ class Rows(Protocol):
     def prefix(self) -> int: ...
 
 
-def turned(stacked_TS: Tensor, heads: Heads, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+def turned(stacked_TS: Tensor, heads: Heads, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
     """Query and key with their rotary embedding, and value, without gradients. The native kernel turns
-    them where they lie: whoever made them must not need them unturned."""
+    them where they lie: whoever made them must not need them unturned. Without `turn` they stay."""
+    if turn is None:
+        return heads.parts(stacked_TS)
     if usable(stacked_TS):
         elementwise.rotate_in_place(heads.turning(stacked_TS), turn.cos_TF, turn.sin_TF)
         return heads.parts(stacked_TS)
@@ -345,9 +431,9 @@ def turned(stacked_TS: Tensor, heads: Heads, turn: Turn) -> tuple[Tensor, Tensor
 
 def norm_in_place(states: Tensor, norm: Norm) -> bool:
     """RMSNorm over the last dimension, written over the states, without gradients: done or not."""
-    if torch.is_grad_enabled() or not usable(states):
+    if torch.is_grad_enabled() or norm.layer or not usable(states):
         return False
-    elementwise.rms_norm(states, norm.weight_H, norm.eps, in_place=True)
+    elementwise.rms_norm(states, norm.weight_H, norm.eps, offset=norm.offset, in_place=True)
     return True
 
 
@@ -357,41 +443,45 @@ def attends(states: Tensor, heads: Heads) -> bool:
 
 
 def turn_and_attend(
-    stacked_TS: Tensor, heads: Heads, turn: Turn, rows: Rows, *, scale: float, window: int | None
+    stacked_TS: Tensor, heads: Heads, turn: Turn | None, rows: Rows, scores: Scores
 ) -> Tensor:
     """Rotary embedding and causal attention of every row to its prefix and itself: [T, N * D].
 
     The stacked query and key are turned where they lie: whoever made them must not need them unturned.
     """
     result: Tensor = _TurnAndAttend.apply(  # type: ignore[no-untyped-call]
-        stacked_TS, heads, turn, rows, scale, window
+        stacked_TS, heads, turn, rows, scores
     )
     return result
 
 
-class _HeadNorm(torch.autograd.Function):
-    """RMSNorm over the last dimension, on its own (query and key norms, the final norm)."""
+class _Norm(torch.autograd.Function):
+    """A norm over the last dimension on its own: of query and key, after a part, the final one."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, norm: Norm, norm_parameter: Tensor | None) -> Tensor:
-        normed: Tensor
-        normed, rstd = _pointwise(hidden).rms_norm(hidden, norm.weight_H, norm.eps)
+    def forward(ctx: Any, hidden: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        normed, facts = _normed(hidden, norm)
         ctx.norm = norm
-        ctx.save_for_backward(hidden, rstd)
+        ctx.save_for_backward(hidden, facts)
         return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        hidden, rstd = ctx.saved_tensors
-        grad_hidden, grad_weight = _pointwise(hidden).rms_norm_backward(
-            grad, hidden, rstd, ctx.norm.weight_H, weight_grad=ctx.needs_input_grad[2]
+        hidden, facts = ctx.saved_tensors
+        _, _, need_weight, need_bias = ctx.needs_input_grad
+        grad_hidden, grad_weight, grad_bias = _normed_backward(
+            grad, hidden, facts, ctx.norm, weight_grad=need_weight or need_bias
         )
-        return grad_hidden, None, grad_weight
+        return grad_hidden, None, grad_weight if need_weight else None, grad_bias if need_bias else None
 
 
-def rms_norm(hidden: Tensor, norm: Norm, norm_parameter: Tensor | None = None) -> Tensor:
-    """RMSNorm over the last dimension of [..., H]; `norm_parameter` only when it is trained."""
-    result: Tensor = _HeadNorm.apply(hidden, norm, norm_parameter)  # type: ignore[no-untyped-call]
+def normed(
+    hidden: Tensor, norm: Norm, parameters: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Tensor:
+    """The norm over the last dimension of [..., H]; `parameters` (weight and bias) only when trained."""
+    if not torch.is_grad_enabled():
+        return _normed(hidden, norm)[0]
+    result: Tensor = _Norm.apply(hidden, norm, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -405,23 +495,36 @@ class _Head(torch.autograd.Function):
         labels_M: Tensor,
         weight: float,
         smoothing: float,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
         need_grad, need_head_grad = ctx.needs_input_grad[:2]
         grad_MH = grad_VH = None
         if frozen is not None:
             losses_M, grad_MH = frozen.head_loss(
-                hidden_MH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+                *(hidden_MH, labels_M),
+                weight=weight,
+                smoothing=smoothing,
+                need_grad=need_grad,
+                softcap=softcap,
             )
         else:
             assert trained_VH is not None
             head_VH = trained_VH.detach().to(hidden_MH.dtype)
             if need_head_grad:
                 losses_M, grad_MH, grad_VH = reference.cross_entropy_head(
-                    hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_head_grad=True
+                    *(hidden_MH, head_VH, labels_M),
+                    weight=weight,
+                    smoothing=smoothing,
+                    softcap=softcap,
+                    need_head_grad=True,
                 )
             else:
                 losses_M, grad_MH = products.head_loss(
-                    hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+                    *(hidden_MH, head_VH, labels_M),
+                    weight=weight,
+                    smoothing=smoothing,
+                    softcap=softcap,
+                    need_grad=need_grad,
                 )
         ctx.save_for_backward(grad_MH, grad_VH)
         ctx.mark_non_differentiable(losses_M)
@@ -437,6 +540,7 @@ class _Head(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -447,6 +551,7 @@ def head_loss(
     *,
     weight: float,
     smoothing: float = 0.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """weight * sum of the losses (differentiable), and the float32 losses of each position.
 
@@ -454,6 +559,6 @@ def head_loss(
     """
     trained, frozen = (head, None) if isinstance(head, Tensor) else (None, head)
     loss, losses_M = _Head.apply(  # type: ignore[no-untyped-call]
-        hidden_MH, trained, frozen, labels_M, weight, smoothing
+        hidden_MH, trained, frozen, labels_M, weight, smoothing, softcap
     )
     return loss, losses_M

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# What a gated unit does to its gate: SwiGLU, GeGLU with the tanh approximation, GeGLU.
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+# What a unit does to its gate or its only input: SwiGLU, GeGLU with the tanh approximation, GeGLU, ReLU.
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
 # Logits of this many trained positions are alive at a time: large enough for a good matrix
 # product, small enough that a vocabulary of 150,000 stays under 200 MB.
@@ -63,11 +63,66 @@ def rms_norm_backward(
     return grad_hidden_TH if onto_TH is None else grad_hidden_TH + onto_TH, grad_weight_H
 
 
+def layer_norm(
+    hidden_TH: Tensor, weight_H: Tensor, bias_H: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm (arXiv 1607.06450): (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    Over the last dimension. Returns the normed states in the type of `hidden_TH` and, float32, the mean and
+    the factor [T, 2], which the backward needs. With x = [1, 3], eps 0 and weight 1: [-1, 1].
+    """
+    wide_TH = hidden_TH.float()
+    variance_T1, mean_T1 = torch.var_mean(wide_TH, dim=-1, keepdim=True, correction=0)
+    facts_T2 = torch.cat([mean_T1, variance_T1.add_(eps).rsqrt_()], -1)
+    return layer_norm_apply(hidden_TH, facts_T2, weight_H, bias_H), facts_T2
+
+
+def layer_norm_apply(
+    hidden_TH: Tensor, facts_T2: Tensor, weight_H: Tensor, bias_H: Tensor | None
+) -> Tensor:
+    """The normed states again from the saved mean and factor."""
+    mean_T1, rstd_T1 = facts_T2.split(1, -1)
+    normed_TH = (hidden_TH - mean_T1).mul_(rstd_T1).mul_(weight_H)
+    if bias_H is not None:
+        normed_TH.add_(bias_H)
+    result: Tensor = normed_TH.to(hidden_TH.dtype)
+    return result
+
+
+def layer_norm_backward(
+    grad_TH: Tensor, hidden_TH: Tensor, facts_T2: Tensor, weight_H: Tensor, *, weight_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the norm's input and, if wanted, of its weight and bias (float32)."""
+    mean_T1, rstd_T1 = facts_T2.split(1, -1)
+    normed_TH = (hidden_TH - mean_T1).mul_(rstd_T1)
+    grad_weight_H = (grad_TH * normed_TH).flatten(0, -2).sum(0) if weight_grad else None
+    grad_bias_H = grad_TH.flatten(0, -2).sum(0, dtype=torch.float32) if weight_grad else None
+    wide_TH = grad_TH * weight_H
+    dot_T1 = (wide_TH * normed_TH).mean(-1, keepdim=True)
+    wide_TH = wide_TH.sub_(wide_TH.mean(-1, keepdim=True)).addcmul_(normed_TH, dot_T1, value=-1)
+    return wide_TH.mul_(rstd_T1).to(hidden_TH.dtype), grad_weight_H, grad_bias_H
+
+
 def activate(gate: Tensor, kind: Activation) -> Tensor:
-    """The activation of a gated unit; GELU is arXiv 1606.08415."""
+    """The activation of a unit; GELU is arXiv 1606.08415."""
+    if kind == "relu":
+        return torch.nn.functional.relu(gate)
     if kind == "silu":
         return torch.nn.functional.silu(gate)
     return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def activate_backward(grad: Tensor, gate: Tensor, kind: Activation) -> Tensor:
+    """The gradient of `activate`'s input."""
+    if kind == "relu":
+        passed: Tensor = torch.where(gate > 0, grad, torch.zeros_like(grad))
+        return passed
+    if kind == "silu":
+        silu_grad: Tensor = torch.ops.aten.silu_backward(grad, gate)
+        return silu_grad
+    approximate = "tanh" if kind == "gelu_tanh" else "none"
+    gelu_grad: Tensor = torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
+    return gelu_grad
 
 
 def gated(gate_up: Tensor, kind: Activation) -> Tensor:
@@ -84,11 +139,7 @@ def gated_backward(
     value_TI = activate(gate_TI, kind)
     grad = torch.empty_like(gate_up)
     grad_gate_TI, grad_up_TI = grad.chunk(2, -1)
-    if kind == "silu":
-        grad_gate_TI.copy_(torch.ops.aten.silu_backward(grad_TI * up_TI, gate_TI))
-    else:
-        approximate = "tanh" if kind == "gelu_tanh" else "none"
-        grad_gate_TI.copy_(torch.ops.aten.gelu_backward(grad_TI * up_TI, gate_TI, approximate=approximate))
+    grad_gate_TI.copy_(activate_backward(grad_TI * up_TI, gate_TI, kind))
     torch.mul(grad_TI, value_TI, out=grad_up_TI)
     return grad, value_TI.mul_(up_TI) if again else None
 
@@ -137,6 +188,7 @@ def cross_entropy_head(
     *,
     weight: float,
     smoothing: float = 0.0,
+    softcap: float = 0.0,
     need_grad: bool = True,
     need_head_grad: bool = False,
 ) -> HeadResult:
@@ -145,7 +197,8 @@ def cross_entropy_head(
     Logits exist for HEAD_CHUNK positions at a time and are overwritten by their gradient, so
     memory does not grow with M * V. `weight` is the constant that the sum of losses will be
     multiplied by; it must be known beforehand, and it is: the trained tokens of a step are counted
-    before its first backward. Smoothing e gives (1 - e) * -log p(label) + e * mean(-log p).
+    before its first backward. Smoothing e gives (1 - e) * -log p(label) + e * mean(-log p). `softcap` c
+    makes logits c * tanh(logits / c); 0 for none.
     """
     losses_M = torch.empty(hidden_MH.shape[0], dtype=torch.float32, device=hidden_MH.device)
     grad_hidden_MH = torch.empty_like(hidden_MH) if need_grad else None
@@ -153,7 +206,13 @@ def cross_entropy_head(
     for start in range(0, hidden_MH.shape[0], HEAD_CHUNK):
         part = slice(start, start + HEAD_CHUNK)
         labels = labels_M[part].unsqueeze(1)
-        log_probs = _log_softmax(hidden_MH[part] @ head_VH.t())
+        logits = hidden_MH[part] @ head_VH.t()
+        slope = None
+        if softcap:
+            bent = logits.float().div_(softcap).tanh_()
+            slope = 1.0 - bent.square() if need_grad else None
+            logits = bent.mul_(softcap)
+        log_probs = _log_softmax(logits)
         nll = -log_probs.gather(1, labels)
         if smoothing:
             nll = (1 - smoothing) * nll - smoothing * log_probs.mean(-1, keepdim=True)
@@ -164,6 +223,8 @@ def cross_entropy_head(
         if smoothing:
             grad_logits.sub_(smoothing / grad_logits.shape[-1])
         grad_logits.scatter_add_(1, labels, torch.full_like(nll, smoothing - 1.0))
+        if slope is not None:
+            grad_logits.mul_(slope)
         # Probabilities are cast before they are weighted: the weight could push small ones below
         # what the type holds.
         narrow = grad_logits.to(hidden_MH.dtype)
@@ -182,13 +243,24 @@ QUERY_BLOCK = 128
 
 
 def causal_attention(
-    query_BNLD: Tensor, key_BKLD: Tensor, value_BKLD: Tensor, *, scale: float, window: int | None
+    query_BNLD: Tensor,
+    key_BKLD: Tensor,
+    value_BKLD: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Causal attention with grouped queries (arXiv 2305.13245); K divides N.
 
-    `window` w lets position i see positions i - w + 1 to i. Rows of B never see each other.
+    `window` w lets position i see positions i - w + 1 to i. Rows of B never see each other. `softcap` c
+    makes scores c * tanh(scores / c) (arXiv 2408.00118); 0 for none.
     """
     length = query_BNLD.shape[2]
+    if softcap:
+        return _capped_attention(
+            query_BNLD, key_BKLD, value_BKLD, scale=scale, window=window, softcap=softcap
+        )
     if window is None or length <= window:
         return torch.nn.functional.scaled_dot_product_attention(
             query_BNLD, key_BKLD, value_BKLD, is_causal=True, scale=scale, enable_gqa=True
@@ -200,6 +272,39 @@ def causal_attention(
     )
 
 
+def _capped_attention(
+    query_BNLD: Tensor,
+    key_BKLD: Tensor,
+    value_BKLD: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float,
+) -> Tensor:
+    """The same with capped scores, block by block."""
+    batch, heads, length, size = query_BNLD.shape
+    groups = key_BKLD.shape[1]
+    output_BNLD = torch.empty_like(query_BNLD, memory_format=torch.contiguous_format)
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        query = query_BNLD[:, :, start:stop].float().reshape(batch, groups, -1, size)
+        scores = (query @ key_BKLD[:, :, first:stop].float().transpose(-1, -2)).mul_(scale / softcap)
+        scores = scores.tanh_().mul_(softcap).view(batch, groups, -1, stop - start, stop - first)
+        probs = scores.masked_fill_(_unseen(start, stop, first, window, scores), float("-inf")).softmax(-1)
+        narrow = probs.to(query_BNLD.dtype).view(batch, groups, -1, stop - first)
+        part = narrow @ value_BKLD[:, :, first:stop]
+        output_BNLD[:, :, start:stop] = part.view(batch, heads, stop - start, size)
+    return output_BNLD
+
+
+def _unseen(start: int, stop: int, first: int, window: int | None, like: Tensor) -> Tensor:
+    """Which keys from `first` to `stop` the queries from `start` to `stop` do not see."""
+    age = torch.arange(start, stop, device=like.device).unsqueeze(1)
+    age = age - torch.arange(first, stop, device=like.device)
+    return age < 0 if window is None else (age < 0) | (age >= window)
+
+
 def causal_attention_backward(
     grad_BNLD: Tensor,
     query_BNLD: Tensor,
@@ -209,6 +314,7 @@ def causal_attention_backward(
     *,
     scale: float,
     window: int | None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the probabilities are computed again, block by block.
 
@@ -233,15 +339,21 @@ def causal_attention_backward(
         query = (query_BNLD[:, :, start:stop].float() * scale).reshape(flat)
         grad = grad_BNLD[:, :, start:stop].reshape(flat)
         scores = (query @ wide_key[:, :, keys].transpose(-1, -2)).view(block)
-        age = torch.arange(start, stop, device=scores.device).unsqueeze(1)
-        age = age - torch.arange(first, stop, device=scores.device)
-        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        slope = None
+        if softcap:
+            turned = scores.div_(softcap).tanh_()
+            slope = 1.0 - turned.square()
+            scores = turned.mul_(softcap)
+        hidden = _unseen(start, stop, first, window, scores)
         probs = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
         narrow = probs.view(*flat[:3], -1).to(dtype)
         grad_value[:, :, keys] += narrow.transpose(-1, -2) @ grad
         inner = (grad @ value_BKLD[:, :, keys].transpose(-1, -2)).view(block).float()
         inner.sub_(delta[:, :, start:stop].reshape(batch, groups, per, rows, 1))
-        grad_scores = probs.mul_(inner).view(*flat[:3], -1).to(dtype)
+        probs.mul_(inner)
+        if slope is not None:
+            probs.mul_(slope)
+        grad_scores = probs.view(*flat[:3], -1).to(dtype)
         turned = (grad_scores @ key_BKLD[:, :, keys]).mul_(scale)
         grad_query[:, :, start:stop] = turned.view(batch, heads, rows, size)
         grad_key[:, :, keys] += grad_scores.transpose(-1, -2) @ query.to(dtype)

@@ -30,7 +30,6 @@ PREFIX = "base_model.model."
 # What PEFT can do to a LoRA that would change its result and is not computed here.
 NOT_SUPPORTED = (
     "use_dora",
-    "fan_in_fan_out",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
@@ -142,11 +141,10 @@ def attach_adapter(
         missing, extra = sorted(wanted - found), sorted(found - wanted)
         what = f"`{missing[0]}` is missing" if missing else f"`{extra[0]}` has no place in this model"
         raise AdapterError(f"the adapter does not fit the base: {what}", path=files.path / WEIGHTS)
-    with torch.no_grad():
-        for name, tensor in adapter.tensors.items():
-            if tensor.shape != files.tensors[name].shape:
-                raise _misfit(files, name, tuple(tensor.shape))
-            tensor.copy_(files.tensors[name])
+    for name, tensor in adapter.tensors.items():
+        if tensor.shape != files.tensors[name].shape:
+            raise _misfit(files, name, tuple(tensor.shape))
+        adapter.take(name, files.tensors[name])
     adapter.refresh()
     return adapter
 
@@ -252,7 +250,7 @@ def fill_adapter(
     config = peft_config(adapter, decoder, base)
     for name, content in extra_files.items():
         (folder / name).write_bytes(content)
-    tensors = {_peft_name(name, adapter): t.detach().cpu().clone() for name, t in adapter.tensors.items()}
+    tensors = {_peft_name(name, adapter): adapter.for_files(name).cpu().clone() for name in adapter.tensors}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / OURS).write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -291,7 +289,7 @@ def peft_config(adapter: Adapter, decoder: Decoder, base: str) -> dict[str, Any]
         "bias": spec.bias,
         "use_rslora": spec.rslora,
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": decoder.spec.transposed,
         "init_lora_weights": True,
         "modules_to_save": list(spec.modules_to_save) or None,
     }

@@ -24,7 +24,8 @@ from lorimer.kernels.native.elementwise import ScaledCopies
 from lorimer.kernels.native.library import usable
 from lorimer.kernels.products import LowRank
 from lorimer.lora.targets import Target
-from lorimer.model.decoder import Adapted, Decoder, NormSlot, Projections, Table
+from lorimer.model.decoder import Decoder
+from lorimer.model.parts import Adapted, NormSlot, Projections, Table
 
 # Distinct dropout masks per step; each token's mask is drawn from them. See LoraDropout.
 MASKS = 4096
@@ -64,12 +65,25 @@ class Adapter:
     spec: LoraSpec
     flat: torch.nn.Parameter
     tensors: dict[str, Tensor]
+    # Where rows lie in another order than in files: by name, which row of a file each row is.
+    orders: dict[str, Tensor] = field(default_factory=dict)
     _groups: list[tuple[Projections, list[Target]]] = field(default_factory=list)
     _scaled: ScaledCopies | None = None
 
     @property
     def parameters(self) -> int:
         return self.flat.numel()
+
+    def for_files(self, name: str) -> Tensor:
+        """A trained tensor as files have it: rows in Hugging Face's order."""
+        tensor, order = self.tensors[name].detach(), self.orders.get(name)
+        return tensor if order is None else tensor.index_select(0, order.argsort())
+
+    def take(self, name: str, value: Tensor) -> None:
+        """Put a file's numbers in place of a trained tensor's; `refresh` must follow."""
+        order = self.orders.get(name)
+        with torch.no_grad():
+            self.tensors[name].copy_(value if order is None else value.index_select(0, order))
 
     def refresh(self) -> None:
         """Bring the copies that matrix products use up to date with the parameters."""
@@ -138,14 +152,26 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
         if slot is not head:
             value = _slot_value(slot)
             pieces.append(_Piece(f"{slot.path}.weight", tuple(value.shape), _copy_from(value)))
+            bias = slot.frozen.bias_H if isinstance(slot, NormSlot) else None
+            if bias is not None:
+                pieces.append(_Piece(f"{slot.path}.bias", tuple(bias.shape), _copy_from(bias)))
     adapter = _allocate(pieces, spec, decoder.device)
     adapter._groups = groups
+    adapter.orders = {
+        f"{group.path}.{name}.{kind}": order
+        for group, _ in groups
+        for position, name in enumerate(group.names)
+        for kind in ("lora_B.weight", "bias")
+        if (order := group.order(position)) is not None
+    }
     for group, members in groups:
         _attach(group, members, adapter)
     if head is not None:
         adapter.tensors[f"{head.path}.weight"] = adapter.tensors[f"{decoder.embedding.path}.weight"]
     for slot in slots:
         slot.trained = adapter.tensors[f"{slot.path}.weight"]
+        if isinstance(slot, NormSlot):
+            slot.trained_bias = adapter.tensors.get(f"{slot.path}.bias")
     adapter.refresh()
     return adapter
 
@@ -156,6 +182,8 @@ def remove(decoder: Decoder) -> None:
         group.adapted = None
     for slot in decoder.slots():
         slot.trained = None
+        if isinstance(slot, NormSlot):
+            slot.trained_bias = None
 
 
 def _by_group(

@@ -24,21 +24,36 @@ from lorimer.bases.open import BaseFiles
 from lorimer.config import QuantConfig
 from lorimer.errors import UserError
 from lorimer.lora.layers import LoraSpec
-from lorimer.model.load import NOT_QUANTISED, trained_weight
+from lorimer.model.load import NOT_QUANTISED, stored_shape, trained_weight
+from lorimer.model.order import is_transposed
 from lorimer.model.spec import ModelSpec
-from lorimer.quant.bnb import stored_shape
 from lorimer.storage import check_space, write_folder, write_tensors
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FREQUENCIES = "rope_freqs.weight"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 4_000_000_000
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "phi3": "Phi3",
+    "smollm3": "SmolLM3",
+    "olmo2": "Olmo2",
+    "granite": "Granite",
+    "cohere": "Cohere",
+    "cohere2": "Cohere2",
+    "stablelm": "StableLm",
+    "starcoder2": "Starcoder2",
+    "gpt_neox": "GPTNeoX",
+    "opt": "OPT",
+    "falcon": "Falcon",
 }
 
 
@@ -92,7 +107,7 @@ def merge(
         for name, tensor in merged_tensors(base, spec, adapter, TYPES[dtype], counts, quant):
             counts["tensors"] += 1
             counts["bytes"] += tensor.nbytes
-            writer.add(name, tensor)
+            writer.add(name, tensor.t().contiguous() if is_transposed(spec, name) else tensor)
         writer.close()
         text = json.dumps(merged_config(base, spec, adapter, dtype), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -135,10 +150,20 @@ def merged_tensors(
             counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
             counts["numbers"] += value.numel()
         yield name, (value if merged is None else merged).to(dtype).contiguous()
-    if HEAD not in base.tensors and untied(spec, adapter):
-        trained = adapter.tensors.get(HEAD)
-        value = trained_weight(base, spec, EMBEDDING, quant) if trained is None else trained.detach()
-        yield HEAD, value.to(dtype).contiguous()
+    head = head_name(spec)
+    if head not in base.tensors and untied(spec, adapter):
+        trained = adapter.tensors.get(head)
+        embedding = embedding_name(spec)
+        value = trained_weight(base, spec, embedding, quant) if trained is None else trained.detach()
+        yield head, value.to(dtype).contiguous()
+
+
+def embedding_name(spec: ModelSpec) -> str:
+    return f"{spec.names.embedding}.weight"
+
+
+def head_name(spec: ModelSpec) -> str:
+    return f"{spec.names.head}.weight"
 
 
 def _weights(base: BaseFiles) -> list[str]:
@@ -158,9 +183,10 @@ class MergedBase(BaseFiles):
         self.tokenizer_config, self.generation_config = base.tokenizer_config, base.generation_config
         self._given = base, spec, adapter, dtype, quant
         names = _weights(base)
-        shapes = {name: stored_shape(base, name) for name in names}
-        if HEAD not in shapes and untied(spec, adapter):
-            shapes[HEAD] = shapes[EMBEDDING]
+        shapes = {name: stored_shape(base, spec, name) for name in names}
+        shapes = {n: shape[::-1] if is_transposed(spec, n) else shape for n, shape in shapes.items()}
+        if head_name(spec) not in shapes and untied(spec, adapter):
+            shapes[head_name(spec)] = shapes[embedding_name(spec)]
         size = torch.finfo(TYPES[dtype]).bits // 8
         self.tensors = {
             name: TensorEntry(name, STORED[dtype], shape, math.prod(shape) * size)
@@ -169,10 +195,11 @@ class MergedBase(BaseFiles):
 
     def raw(self, name: str) -> Bytes:
         base, spec, adapter, dtype, quant = self._given
-        own = name if name in base.tensors else EMBEDDING
+        own = name if name in base.tensors else embedding_name(spec)
         value = trained_weight(base, spec, own, quant).float()
         merged = _update(name, value, adapter)
-        found = (value if merged is None else merged).to(TYPES[dtype]).contiguous()
+        found = (value if merged is None else merged).to(TYPES[dtype])
+        found = (found.t() if is_transposed(spec, name) else found).contiguous()
         return found.view(torch.uint8).flatten().numpy()
 
     def release(self) -> None:
@@ -181,7 +208,11 @@ class MergedBase(BaseFiles):
 
 def untied(spec: ModelSpec, adapter: Update) -> bool:
     """Whether the base's head is its embedding, and only one of them was trained, or each apart."""
-    return spec.tied_head and not adapter.spec.tie and bool({HEAD, EMBEDDING} & set(adapter.tensors))
+    return (
+        spec.tied_head
+        and not adapter.spec.tie
+        and bool({head_name(spec), embedding_name(spec)} & set(adapter.tensors))
+    )
 
 
 def _update(name: str, value: Tensor, adapter: Update) -> Tensor | None:
@@ -202,7 +233,8 @@ def merged_config(base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str)
     config.pop("quantization_config", None)
     config.pop("license", None)
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    config.setdefault("architectures", [ARCHITECTURES[str(config["model_type"])]])
+    named = {"gpt2": "GPT2LMHeadModel"} | {k: f"{v}ForCausalLM" for k, v in ARCHITECTURES.items()}
+    config.setdefault("architectures", [named[str(config["model_type"])]])
     config |= {"dtype": names[dtype], "torch_dtype": names[dtype]}
     if untied(spec, adapter):
         config["tie_word_embeddings"] = False

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorimer.errors import ConfigError
-from lorimer.model.decoder import Decoder, Projections
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-LAYER = re.compile(r"\.layers\.(\d+)\.")
+from lorimer.model.decoder import Decoder
+from lorimer.model.parts import Projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +29,7 @@ class Target:
 
     @property
     def layer(self) -> int:
-        match = LAYER.search(self.path)
-        assert match is not None
-        return int(match.group(1))
+        return self.group.layer
 
     @property
     def outputs(self) -> int:
@@ -68,11 +63,14 @@ def select_targets(
 
 def _by_module(targets: list[Target], wanted: str | Sequence[str]) -> list[Target]:
     names = sorted({target.name for target in targets})
-    presets = {"all-linear": tuple(names), "attention": ATTENTION, "mlp": MLP}
+    if wanted == "all-linear":
+        return targets
+    if wanted in ("attention", "mlp"):
+        return [target for target in targets if target.group.attention == (wanted == "attention")]
     if isinstance(wanted, str):
-        if wanted not in presets and wanted not in names:
+        if wanted not in names:
             return _by_pattern(targets, wanted)
-        wanted = presets.get(wanted, (wanted,))
+        wanted = (wanted,)
     if not wanted:
         raise ConfigError(
             "`lora.target_modules` names no module", fix=f"The model has: {', '.join(names)}."

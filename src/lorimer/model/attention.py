@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorimer.kernels import reference
+from lorimer.kernels import packed_attention, reference
+from lorimer.kernels.dispatch import Scores
 from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native.library import usable
 
@@ -91,6 +92,13 @@ class PackRows:
         self.offsets = self.prefix + torch.tensor([0, *self.lengths]).cumsum(0)
 
     @property
+    def positions_T(self) -> Tensor:
+        """Each token's place in its row; the prefix is the beginning of every row."""
+        parts = [torch.arange(self.prefix)]
+        parts += [torch.arange(self.prefix, self.prefix + length) for length in self.lengths]
+        return torch.cat(parts).to(self.device)
+
+    @property
     def groups(self) -> list[Group]:
         if self._groups is None:
             self._groups = group_rows(self.lengths, self.device, self.prefix)
@@ -140,13 +148,11 @@ def attend(
     key_TKD: Tensor,
     value_TKD: Tensor,
     groups: Sequence[Group],
-    *,
-    scale: float,
-    window: int | None,
+    scores: Scores,
 ) -> Tensor:
     """Causal attention of every row of a pack to its prefix and itself: [T, N * D]."""
     result: Tensor = _PackAttention.apply(  # type: ignore[no-untyped-call]
-        query_TND, key_TKD, value_TKD, groups, scale, window
+        query_TND, key_TKD, value_TKD, groups, scores
     )
     return result.flatten(1)
 
@@ -159,18 +165,17 @@ class _PackAttention(torch.autograd.Function):
         key_TKD: Tensor,
         value_TKD: Tensor,
         groups: Sequence[Group],
-        scale: float,
-        window: int | None,
+        scores: Scores,
     ) -> Tensor:
         output_TND = torch.empty_like(query_TND, memory_format=torch.contiguous_format)
         for number, group in enumerate(groups):
             grids = (group.grid(states) for states in (query_TND, key_TKD, value_TKD))
-            grid = reference.causal_attention(*grids, scale=scale, window=window)
+            grid = reference.causal_attention(*grids, **scores._asdict())
             output_TND[group.first : group.last] = group.own_tokens(grid)
             if number == 0 and group.prefix:
                 # Every copy of the prefix has the same output: it sees nothing but itself.
                 output_TND[: group.prefix] = grid[0, :, : group.prefix].transpose(0, 1)
-        ctx.groups, ctx.scale, ctx.window = groups, scale, window
+        ctx.groups, ctx.scores = groups, scores
         ctx.save_for_backward(query_TND, key_TKD, value_TKD, output_TND)
         return output_TND
 
@@ -186,14 +191,14 @@ class _PackAttention(torch.autograd.Function):
             query, key, value, output = (group.grid(state) for state in states)
             upper = group.output_grad(grad_TND, holds_prefix=number == 0)
             parts = reference.causal_attention_backward(
-                upper, query, key, value, output, scale=ctx.scale, window=ctx.window
+                upper, query, key, value, output, **ctx.scores._asdict()
             )
             for grad, total, part in zip(grads, shared, parts, strict=True):
                 grad[group.first : group.last] = group.own_tokens(part)
                 total += part[:, :, :prefix].transpose(1, 2).sum(0, dtype=torch.float32)
         for grad, total in zip(grads, shared, strict=True):
             grad[:prefix] = total
-        return (*grads, None, None, None)
+        return (*grads, None, None)
 
 
 def attend_cache(
@@ -201,16 +206,18 @@ def attend_cache(
     key_BKCD: Tensor,
     value_BKCD: Tensor,
     lengths_B: Tensor,
-    *,
-    scale: float,
-    window: int | None,
+    scores: Scores,
 ) -> Tensor:
     """One new token of each row to the first `lengths_B` places of its cache: [B, N * D]."""
     if usable(query_BND) and native_attention.takes(query_BND.shape[-1]):
-        mixed = native_attention.decode(
-            query_BND, key_BKCD, value_BKCD, lengths_B, scale=scale, window=window
+        mixed = native_attention.decode(query_BND, key_BKCD, value_BKCD, lengths_B, **scores._asdict())
+        return mixed.flatten(1)
+    if scores.softcap:
+        mixed = packed_attention.decode_attention(
+            query_BND, key_BKCD, value_BKCD, lengths_B, **scores._asdict()
         )
         return mixed.flatten(1)
+    window = scores.window
     seen = int(lengths_B.max())
     age = lengths_B.unsqueeze(1) - 1 - torch.arange(seen, device=lengths_B.device)
     visible = age >= 0 if window is None else (age >= 0) & (age < window)
@@ -219,7 +226,7 @@ def attend_cache(
         key_BKCD[:, :, :seen],
         value_BKCD[:, :, :seen],
         visible[:, None, None],
-        scale=scale,
+        scale=scores.scale,
         enable_gqa=True,
     )
     return mixed.flatten(1)

@@ -3,142 +3,34 @@
 A row of tokens passes, in this order: embedding; in each layer the norm with query, key and value
 projections, rotation, attention, output projection onto the residual, the norm with gate and up
 projections, the gated unit with the down projection onto the residual; the final norm; the head.
+What an architecture does not have is left out, and what it adds stands in the same order.
 
 Letters: T tokens, H hidden, N query heads, K key/value heads, D head size, M picked positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorimer.kernels import dispatch, products
-from lorimer.kernels.dispatch import Before, Dropout, Gate, Heads, Linear, Norm, Turn
+from lorimer.kernels.dispatch import Gate, Heads, Scores, Turn
 from lorimer.model.attention import PackRows, attend, attend_cache
 from lorimer.model.cache import KVCache
+from lorimer.model.experts import mixture
+from lorimer.model.parts import Dropouts, Experts, Layer, NormSlot, Projections, Table
 from lorimer.model.recompute import kept_elsewhere, layer_again
-from lorimer.model.rope import RopeTables
+from lorimer.model.rope import Ropes
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.linear import FrozenLinear
 
-# For a projection group's number, input size and tokens: the masks for its adapters' input.
-Dropouts = Callable[[int, int, int], Dropout]
 
-
-@dataclass(slots=True)
-class Adapted:
-    """What training puts in place of a frozen group: the same weight with LoRA, biases trained.
-
-    `factors` are the parameters: the stacked A, then each B. `biases` are the biases of each output,
-    trained or not, if at least one is trained.
-    """
-
-    linear: Linear
-    factors: tuple[Tensor, ...] = ()
-    biases: tuple[Tensor, ...] = ()
-
-
-@dataclass(slots=True)
-class Projections:
-    """Linear layers that share one input, stacked into one weight: query, key and value, say.
-
-    `path` and `names` are Hugging Face's, `rows` the outputs of each; `number` is unique in the model.
-    """
-
-    path: str
-    names: tuple[str, ...]
-    rows: tuple[int, ...]
-    inputs: int
-    number: int
-    linear: Linear
-    adapted: Adapted | None = None
-
-    @property
-    def name(self) -> str:
-        """The path with all names, `model.layers.0.mlp.gate_proj/up_proj`."""
-        return f"{self.path}.{'/'.join(self.names)}"
-
-    def __call__(
-        self,
-        input_TI: Tensor,
-        *,
-        before: NormSlot | Gate | None,
-        residual_TO: Tensor | None,
-        adapted: bool,
-        dropouts: Dropouts | None,
-        again: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """`again` makes the input once more in the backward, which then keeps nothing of it."""
-        chosen = self.adapted if adapted and self.adapted else Adapted(self.linear)
-        drop = (
-            dropouts(self.number, self.inputs, len(input_TI))
-            if dropouts and chosen.linear.low_rank
-            else None
-        )
-        norm = before.norm(adapted) if isinstance(before, NormSlot) else None
-        rule: Before = norm if norm is not None else before if isinstance(before, Gate) else None
-        return dispatch.project(
-            input_TI,
-            chosen.linear,
-            before=rule,
-            residual_TO=residual_TO,
-            dropout=drop,
-            norm_parameter=before.trained if isinstance(before, NormSlot) and adapted else None,
-            bias_parameter=torch.cat(chosen.biases) if chosen.biases else None,
-            factors=chosen.factors,
-            again=again,
-        )
-
-
-@dataclass(slots=True)
-class NormSlot:
-    """A norm's weight, and the trained copy that replaces it where there is one."""
-
-    path: str
-    weight_H: Tensor
-    eps: float
-    trained: Tensor | None = None
-
-    def norm(self, adapted: bool) -> Norm:
-        weight = self.trained.detach() if adapted and self.trained is not None else self.weight_H
-        return Norm(weight, self.eps)
-
-    def __call__(self, hidden: Tensor, adapted: bool) -> Tensor:
-        return dispatch.rms_norm(hidden, self.norm(adapted), self.trained if adapted else None)
-
-
-@dataclass(slots=True)
-class Layer:
-    attention_norm: NormSlot
-    qkv: Projections
-    query_norm: NormSlot | None
-    key_norm: NormSlot | None
-    output: Projections
-    mlp_norm: NormSlot
-    gate_up: Projections
-    down: Projections
-    window: int | None
-
-    def projections(self) -> tuple[Projections, ...]:
-        return self.qkv, self.output, self.gate_up, self.down
-
-    def norms(self) -> tuple[NormSlot, ...]:
-        slots = (self.attention_norm, self.query_norm, self.key_norm, self.mlp_norm)
-        return tuple(slot for slot in slots if slot is not None)
-
-
-@dataclass(slots=True)
-class Table:
-    """The embedding or the head: a frozen weight, and the trained copy that replaces it."""
-
-    path: str
-    weight: FrozenLinear
-    trained: Tensor | None = None
+class _Found(Exception):
+    """The first module whose states are not finite."""
 
 
 @dataclass(slots=True)
@@ -150,15 +42,18 @@ class Decoder:
     layers: list[Layer]
     final_norm: NormSlot
     head: Table
-    rope: RopeTables
+    rope: Ropes
     dtype: torch.dtype
     device: torch.device
+    positions: Table | None = None
     adapted: bool = True
     recompute: str = "none"  # a rung of recompute.py
-    _gate: Gate = field(default_factory=Gate)
+    _gate: Gate = field(init=False)
     _heads: Heads = field(init=False)
+    _watch: Callable[[str, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
+        self._gate = Gate(self.spec.activation, self.spec.gated)
         self._heads = Heads(self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
 
     def hidden(
@@ -181,16 +76,16 @@ class Decoder:
         tokens that follow it in each row. With a cache, which goes with no prefix, the keys and
         values of row i go to `cache_rows[i]`.
         """
-        turn = Turn(*self.rope.for_rows(lengths, prefix))
+        turns = self.rope.for_rows(lengths, prefix)
         rows = PackRows(lengths, prefix, self.device)
-        hidden_TH = self.embed(ids_T)
+        hidden_TH = self.embed(ids_T, rows)
         last = len(self.layers) - 1
         prunes = only_M is not None and dropouts is None
 
         def run(number: int, hidden_TH: Tensor) -> Tensor:
             layer = self.layers[number]
             stacked = self._query_key_value(layer, hidden_TH, dropouts)
-            mixed, stacked = self._attend(layer, stacked, turn, rows)
+            mixed, stacked = self._attend(layer, stacked, turns, rows)
             if cache is not None:
                 _, key, value = self._heads.parts(stacked)
                 start = 0
@@ -219,62 +114,66 @@ class Decoder:
         """
         if max(cache.lengths) >= cache.capacity:
             raise ValueError(f"the cache is full: {cache.capacity} positions")
-        turn = self.rope.at(cache.lengths)
+        turns = self.rope.at(cache.lengths)
+        hidden_BH = self._embedded(ids_B, torch.tensor(cache.lengths, device=self.device))
         cache.lengths = [length + 1 for length in cache.lengths]
         lengths_B = torch.tensor(cache.lengths, device=self.device)
 
-        def step(hidden_BH: Tensor, cos_BF: Tensor, sin_BF: Tensor, lengths_B: Tensor) -> Tensor:
+        def step(hidden_BH: Tensor, lengths_B: Tensor, *turning: Tensor) -> Tensor:
+            turns = [Turn(*pair) for pair in zip(turning[::2], turning[1::2], strict=True)]
             for number, layer in enumerate(self.layers):
                 stacked = self._query_key_value(layer, hidden_BH, None)
-                query, key, value = dispatch.turned(stacked, self._heads, Turn(cos_BF, sin_BF))
+                turn = None if layer.turn is None else turns[layer.turn]
+                query, key, value = dispatch.turned(stacked, self._heads, turn)
                 cache.append(number, lengths_B, key, value)
-                mixed = attend_cache(
-                    query,
-                    cache.keys[number],
-                    cache.values[number],
-                    lengths_B,
-                    scale=self.spec.attention_scale,
-                    window=layer.window,
-                )
+                keys, values = cache.keys[number], cache.values[number]
+                mixed = attend_cache(query, keys, values, lengths_B, self._scores(layer))
                 hidden_BH = self._finish_layer(layer, hidden_BH, mixed, None)
             return hidden_BH
 
-        return cache.tape(self.adapted)(step, self.embed(ids_B), *turn, lengths_B)
+        return cache.tape(self.adapted)(step, hidden_BH, lengths_B, *(t for turn in turns for t in turn))
 
     def first_not_finite(self, ids_T: Tensor, lengths: Sequence[int], prefix: int = 0) -> str | None:
         """The path of the first module that gives NaN or infinity for these rows, computed again."""
-        with torch.no_grad():
-            outputs = self._outputs(ids_T, lengths, prefix)
-            return next((name for name, states in outputs if not states.isfinite().all()), None)
 
-    def _outputs(self, ids_T: Tensor, lengths: Sequence[int], prefix: int) -> Iterator[tuple[str, Tensor]]:
-        """What each module gives, in the order in which they are computed."""
-        turn = Turn(*self.rope.for_rows(lengths, prefix))
-        rows = PackRows(lengths, prefix, self.device)
-        plain: dict[str, Any] = {"adapted": self.adapted, "dropouts": None}
-        hidden_TH = self.embed(ids_T)
-        yield self.embedding.path, hidden_TH
-        for layer in self.layers:
-            stacked = self._query_key_value(layer, hidden_TH, None)
-            yield layer.qkv.name, stacked
-            mixed, _ = self._attend(layer, stacked, turn, rows)
-            yield layer.qkv.path, mixed
-            hidden_TH = layer.output(mixed, before=None, residual_TO=hidden_TH, **plain)
-            yield layer.output.name, hidden_TH
-            gated = layer.gate_up(hidden_TH, before=layer.mlp_norm, residual_TO=None, **plain)
-            yield layer.gate_up.name, gated
-            hidden_TH = layer.down(gated, before=self._gate, residual_TO=hidden_TH, **plain)
-            yield layer.down.name, hidden_TH
-        yield self.final_norm.path, self.finish(hidden_TH)
+        def watch(path: str, states: Tensor) -> None:
+            if not states.isfinite().all():
+                raise _Found(path)
 
-    def embed(self, ids_T: Tensor) -> Tensor:
-        if self.adapted and self.embedding.trained is not None:
-            return torch.nn.functional.embedding(ids_T, self.embedding.trained).to(self.dtype)
-        return self.embedding.weight.rows(ids_T)
+        self._watch = watch
+        try:
+            with torch.no_grad():
+                self.finish(self.hidden(ids_T, lengths, prefix=prefix))
+        except _Found as found:
+            return str(found)
+        finally:
+            self._watch = None
+        return None
+
+    def _seen(self, path: str, states: Tensor) -> Tensor:
+        if self._watch is not None:
+            self._watch(path, states)
+        return states
+
+    def embed(self, ids_T: Tensor, rows: PackRows) -> Tensor:
+        """What the first layer sees of these packed rows: [T, H]."""
+        return self._embedded(ids_T, rows.positions_T if self.positions else None)
+
+    def _embedded(self, ids_T: Tensor, positions_T: Tensor | None) -> Tensor:
+        spec = self.spec
+        hidden_TH = self.embedding.rows(ids_T, self.dtype, adapted=self.adapted)
+        if spec.embedding_scale != 1.0:
+            # Rounded as the weights are: the original models keep it in their type.
+            hidden_TH = hidden_TH * torch.tensor(spec.embedding_scale, dtype=self.dtype)
+        if self.positions is not None and positions_T is not None:
+            places_T = positions_T + spec.first_position
+            hidden_TH = hidden_TH + self.positions.rows(places_T, self.dtype, adapted=self.adapted)
+        return self._seen(self.embedding.path, hidden_TH)
 
     def finish(self, hidden_MH: Tensor) -> Tensor:
-        """The final norm: what the head sees."""
-        return self.final_norm(hidden_MH, self.adapted)
+        """The final norm: what the head sees. The factor on logits, where there is one, is in it."""
+        states_MH = self._seen(self.final_norm.path, self.final_norm(hidden_MH, self.adapted))
+        return states_MH if self.spec.logit_scale == 1.0 else states_MH * self.spec.logit_scale
 
     def head_weight(self) -> Tensor | FrozenLinear:
         """The head [V, H]: its trained copy (float32) or the frozen weight."""
@@ -286,14 +185,20 @@ class Decoder:
         """Float32 logits [M, V] of hidden states that come from `hidden` or `next_hidden`."""
         head, states_MH = self.head_weight(), self.finish(hidden_MH)
         if isinstance(head, Tensor):
-            return products.logits(states_MH, head.to(self.dtype))
-        return head.logits(states_MH)
+            logits_MV = products.logits(states_MH, head.to(self.dtype))
+        else:
+            logits_MV = head.logits(states_MH)
+        cap = self.spec.logit_cap
+        return logits_MV.div_(cap).tanh_().mul_(cap) if cap else logits_MV
 
     @property
     def frozen_bytes(self) -> int:
         """Of the frozen weights of layers, embedding and head, as they are stored."""
-        tables = {id(table.weight): table.weight.nbytes for table in (self.embedding, self.head)}
+        tables = {id(table.weight): table.weight.nbytes for table in self.tables()}
         return sum(group.linear.weight.nbytes for group in self.projections()) + sum(tables.values())
+
+    def tables(self) -> list[Table]:
+        return [self.embedding, *([self.positions] if self.positions else []), self.head]
 
     def projections(self) -> list[Projections]:
         return [group for layer in self.layers for group in layer.projections()]
@@ -302,8 +207,8 @@ class Decoder:
         return [slot for layer in self.layers for slot in layer.norms()] + [self.final_norm]
 
     def slots(self) -> list[NormSlot | Table]:
-        """Everything that can be trained in full: embedding, head, norms."""
-        return [self.embedding, self.head, *self.norms()]
+        """Everything that can be trained in full: embedding, positions, head, norms."""
+        return [*self.tables(), *self.norms()]
 
     def _query_key_value(self, layer: Layer, hidden_TH: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Query, key and value of every head, stacked, not yet turned."""
@@ -314,46 +219,87 @@ class Decoder:
             adapted=self.adapted,
             dropouts=dropouts,
         )
+        self._seen(layer.qkv.name, stacked)
         if layer.query_norm is None or layer.key_norm is None:
             return stacked
         query, key, value = self._heads.parts(stacked)
+        if self.spec.qk_norm == "all":  # over all heads of a token as one
+            query, key = stacked[:, : query[0].numel()], stacked[:, query[0].numel() : -value[0].numel()]
         norms = layer.query_norm.norm(self.adapted), layer.key_norm.norm(self.adapted)
         if dispatch.norm_in_place(query, norms[0]) and dispatch.norm_in_place(key, norms[1]):
             return stacked
         normed = layer.query_norm(query, self.adapted), layer.key_norm(key, self.adapted), value
         return torch.cat([part.flatten(1) for part in normed], 1)
 
-    def _attend(self, layer: Layer, stacked: Tensor, turn: Turn, rows: PackRows) -> tuple[Tensor, Tensor]:
+    def _scores(self, layer: Layer) -> Scores:
+        return Scores(self.spec.attention_scale, layer.window, self.spec.score_cap)
+
+    def _attend(
+        self, layer: Layer, stacked: Tensor, turns: Sequence[Turn], rows: PackRows
+    ) -> tuple[Tensor, Tensor]:
         """What the heads mix [T, N * D], and the stacked query, key and value, turned."""
-        heads, scale = self._heads, self.spec.attention_scale
+        heads, turn = self._heads, None if layer.turn is None else turns[layer.turn]
         if dispatch.attends(stacked, heads):
-            mixed = dispatch.turn_and_attend(stacked, heads, turn, rows, scale=scale, window=layer.window)
-            return mixed, stacked
-        query, key, value = heads.parts(stacked)
-        query, key = dispatch.rotate(query, *turn), dispatch.rotate(key, *turn)
-        mixed = attend(query, key, value, rows.groups, scale=scale, window=layer.window)
-        return mixed, torch.cat([part.flatten(1) for part in (query, key, value)], 1)
+            mixed = dispatch.turn_and_attend(stacked, heads, turn, rows, self._scores(layer))
+        else:
+            query, key, value = heads.parts(stacked)
+            if turn is not None:
+                query, key = dispatch.rotate(query, *turn), dispatch.rotate(key, *turn)
+            mixed = attend(query, key, value, rows.groups, self._scores(layer))
+            stacked = torch.cat([part.flatten(1) for part in (query, key, value)], 1)
+        return self._seen(layer.qkv.path, mixed), stacked
 
     def _finish_layer(
         self, layer: Layer, hidden_TH: Tensor, mixed_TA: Tensor, dropouts: Dropouts | None
     ) -> Tensor:
-        hidden_TH = layer.output(
-            mixed_TA, before=None, residual_TO=hidden_TH, adapted=self.adapted, dropouts=dropouts
-        )
+        output = partial(layer.output, mixed_TA, before=None, adapted=self.adapted, dropouts=dropouts)
+        after_TH = self._added(hidden_TH, output, layer.attention_post_norm)
+        self._seen(layer.output.name, after_TH)
+        source_TH = hidden_TH if self.spec.parallel else after_TH
+        if isinstance(layer.mlp, Experts):
+            unit = self._experts(layer, layer.mlp, source_TH, dropouts)
+            return self._seen(layer.mlp.path, self._added(after_TH, unit, layer.mlp_post_norm))
+        up, down = layer.mlp
 
-        def gate_up(hidden_TH: Tensor) -> Tensor:
-            return layer.gate_up(
-                hidden_TH, before=layer.mlp_norm, residual_TO=None, adapted=self.adapted, dropouts=dropouts
+        def go_up(source_TH: Tensor) -> Tensor:
+            return up(
+                source_TH, before=layer.mlp_norm, residual_TO=None, adapted=self.adapted, dropouts=dropouts
             )
 
         again = None
         if self.recompute == "mlp" and torch.is_grad_enabled():
-            again = partial(gate_up, hidden_TH.detach())
-        return layer.down(
-            gate_up(hidden_TH),
-            before=self._gate,
-            residual_TO=hidden_TH,
-            adapted=self.adapted,
-            dropouts=dropouts,
-            again=again,
-        )
+            again = partial(go_up, source_TH.detach())
+        inner_TI = self._seen(up.name, go_up(source_TH))
+
+        def go_down(residual_TO: Tensor | None) -> Tensor:
+            return down(
+                inner_TI,
+                before=self._gate,
+                residual_TO=residual_TO,
+                adapted=self.adapted,
+                dropouts=dropouts,
+                again=again,
+            )
+
+        return self._seen(down.name, self._added(after_TH, go_down, layer.mlp_post_norm))
+
+    def _added(self, residual_TH: Tensor, part: Callable[..., Tensor], norm: NormSlot | None) -> Tensor:
+        """The residual with this part's result, normed or scaled where the architecture does so."""
+        scale = self.spec.residual_scale
+        if norm is None and scale == 1.0:
+            return part(residual_TO=residual_TH)
+        result = part(residual_TO=None)
+        result = result if norm is None else norm(result, self.adapted)
+        return torch.add(residual_TH, result, alpha=scale)
+
+    def _experts(
+        self, layer: Layer, experts: Experts, source_TH: Tensor, dropouts: Dropouts | None
+    ) -> Callable[..., Tensor]:
+        """The mixture's result as a part that can be added."""
+
+        def part(residual_TO: Tensor | None) -> Tensor:
+            states_TH = source_TH if layer.mlp_norm is None else layer.mlp_norm(source_TH, self.adapted)
+            mixed_TH = mixture(experts, states_TH, self._gate, adapted=self.adapted, dropouts=dropouts)
+            return mixed_TH if residual_TO is None else residual_TO + mixed_TH
+
+        return part

@@ -6,8 +6,8 @@ Linear layers that share an input are stacked as they arrive, so no second copy 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -18,12 +18,14 @@ from lorimer.bases.open import BaseFiles
 from lorimer.config import QuantConfig
 from lorimer.errors import BaseError, UserError
 from lorimer.kernels.allocator import give_back_freed_memory, keep_freed_memory
-from lorimer.kernels.dispatch import Linear
+from lorimer.kernels.dispatch import Linear, Norm
 from lorimer.machine import native_bf16
-from lorimer.model.decoder import Decoder, Layer, NormSlot, Projections, Table
+from lorimer.model.decoder import Decoder
 from lorimer.model.families import read_spec
-from lorimer.model.rope import RopeTables
-from lorimer.model.spec import ModelSpec
+from lorimer.model.order import file_order, lies_across, stack_order, weight_order
+from lorimer.model.parts import Experts, Layer, NormSlot, Projections, Table
+from lorimer.model.rope import Ropes
+from lorimer.model.spec import Group, ModelSpec
 from lorimer.quant import bnb
 from lorimer.quant.gguf_blocks import BLOCKS, dequantise
 from lorimer.quant.linear import DenseLinear, FrozenLinear, QuantLinear
@@ -64,35 +66,47 @@ def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
 
 
 def read_weight(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor:
-    """One tensor of a base by its Hugging Face name, float32, rows in Hugging Face's order."""
+    """One tensor of a base by its Hugging Face name, float32: rows in Hugging Face's order, a linear weight
+    as [outputs, inputs]."""
     entry = base.tensors[name]
     if bnb.stored_kind(base, name):
         part = bnb.read_part(base, name)
         return numbers(part, 0, part.shape[0])
     value = dequantise(base.raw(name), entry.dtype, entry.shape)
-    heads = _paired_heads(base, spec, name)
-    if heads is None:
-        return value
-    pairs: Tensor = value.unflatten(0, (heads, -1, 2))
-    return pairs.transpose(1, 2).reshape(value.shape)
+    if lies_across(base, spec, name):
+        value = value.t()
+    return picked(value, file_order(base, spec, name))
 
 
 def trained_weight(base: BaseFiles, spec: ModelSpec, name: str, quant: QuantConfig) -> Tensor:
     """The numbers that a weight stands for once it is stored so: what an adapter was trained on."""
     value = read_weight(base, spec, name)
-    table = name in ("model.embed_tokens.weight", "lm_head.weight")
-    if quant.kind in ("none", "keep") or value.dim() != 2 or (table and not quant.embeddings):
+    table = name.removesuffix(".weight") in (spec.names.embedding, spec.names.head)
+    plain = spec.names.positions and name == f"{spec.names.positions}.weight"
+    if quant.kind in ("none", "keep") or value.dim() != 2 or plain or is_router(spec, name):
         return value
+    if table and not quant.embeddings:
+        return value
+    order = weight_order(spec, name)
+    value = picked(value, order)
     part = quantise(whole(value), (value.shape[0], value.shape[1]), quant)
-    return numbers(part, 0, part.shape[0])
+    found = numbers(part, 0, part.shape[0])
+    return found if order is None else found.index_select(0, order.argsort())
 
 
-def _paired_heads(base: BaseFiles, spec: ModelSpec, name: str) -> int | None:
-    """GGUF files keep the query and key rows of Llama shapes in pairs, for llama.cpp's rotation: in how
-    many heads."""
-    if base.kind != "gguf" or spec.family not in ("llama", "mistral"):
-        return None
-    return {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
+def is_router(spec: ModelSpec, name: str) -> bool:
+    """Whether this is the weight of a router, which is never quantised."""
+    return spec.experts is not None and name.endswith(f".{spec.names.router}.weight")
+
+
+def picked(value: Tensor, order: Tensor | None) -> Tensor:
+    return value if order is None else value.index_select(0, order)
+
+
+def stored_shape(base: BaseFiles, spec: ModelSpec, name: str) -> tuple[int, ...]:
+    """The shape of a tensor of the base as `read_weight` gives it."""
+    shape = bnb.stored_shape(base, name)
+    return shape[::-1] if lies_across(base, spec, name) else shape
 
 
 def kept_kind(base: BaseFiles, name: str) -> str | None:
@@ -110,6 +124,7 @@ class Reader(ABC):
     spec: ModelSpec
     place: Place
     quant: QuantConfig
+    _groups: int = field(default=0, init=False)
 
     @abstractmethod
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -123,44 +138,87 @@ class Reader(ABC):
     def release(self) -> None:  # noqa: B027
         """Give back what reading took; most have nothing to."""
 
-    def part(self, name: str, shape: tuple[int, int]) -> Part:
-        """The weight in quantised storage."""
-        part = quantise(partial(self.rows, name, shape, finite=True), shape, self.quant)
-        return part.to(self.place.device)
+    def part(self, name: str, shape: tuple[int, int], order: Tensor | None = None) -> Part:
+        """The weight in quantised storage, its rows in this order of the file's."""
+        rows = partial(self._ordered, name, shape, order, finite=True)
+        return quantise(rows, shape, self.quant).to(self.place.device)
+
+    def _ordered(
+        self, name: str, shape: tuple[int, int], order: Tensor | None, *, finite: bool = False
+    ) -> Iterator[Tensor]:
+        """The rows in this order; one that is not the file's needs the whole weight at once."""
+        if order is None:
+            yield from self.rows(name, shape, finite=finite)
+            return
+        parts = list(self.rows(name, shape, finite=finite))
+        if parts:
+            yield torch.cat(parts).index_select(0, order)
 
     def quantises(self, names: list[str]) -> bool:
         """Whether these weights, stacked, are stored quantised."""
         return self.quant.kind != "none"
 
     def norm(self, path: str, size: int) -> NormSlot:
-        weight = self.tensor(f"{path}.weight", (size,)).to(self.place.device, torch.float32)
-        return NormSlot(path, weight.clone(), self.spec.norm_eps)
+        spec = self.spec
+        kinds = ("weight", "bias") if spec.norm_bias else ("weight",)
+        read = [self.tensor(f"{path}.{kind}", (size,)) for kind in kinds]
+        weight, *bias = (value.to(self.place.device, torch.float32).clone() for value in read)
+        norm = Norm(
+            *(weight, spec.norm_eps, spec.norm_offset, spec.norm == "layer"), bias[0] if bias else None
+        )
+        return NormSlot(path, norm)
 
-    def stacked(
-        self, path: str, names: tuple[str, ...], rows: tuple[int, ...], inputs: int, number: int, bias: bool
-    ) -> Projections:
-        paths = [f"{path}.{name}" for name in names]
-        bias_O = None
-        if bias:
-            found = [self.tensor(f"{p}.bias", (count,)) for p, count in zip(paths, rows, strict=True)]
-            bias_O = torch.cat(found).to(self.place.device, self.place.dtype)
-        weight = self.weight([f"{p}.weight" for p in paths], rows, inputs)
+    def stacked(self, layer: int, group: Group, order: Tensor | None = None) -> Projections:
+        """The linear layers of a group as one weight."""
+        path = f"{self.spec.names.layers}.{layer}.{group.path}".removesuffix(".")
+        paths = [f"{path}.{name}" for name in group.names]
+        self._groups += 1
+        projections = Projections(
+            path=path,
+            names=group.names,
+            rows=group.rows,
+            inputs=group.inputs,
+            number=self._groups - 1,
+            linear=Linear(None),  # type: ignore[arg-type]
+            layer=layer,
+            attention=group.attention,
+            order_O=order,
+        )
+        orders = [projections.order(position) for position in range(len(group.names))]
+        projections.linear.weight = self.weight(
+            [f"{p}.weight" for p in paths], group.rows, group.inputs, orders
+        )
+        if group.bias:
+            found = [
+                picked(self.tensor(f"{p}.bias", (count,)), here)
+                for p, count, here in zip(paths, group.rows, orders, strict=True)
+            ]
+            projections.linear.bias_O = torch.cat(found).to(self.place.device, self.place.dtype)
         self.release()
-        return Projections(path, names, rows, inputs, number, Linear(weight, bias_O))
+        return projections
 
-    def weight(self, names: list[str], rows: tuple[int, ...], inputs: int) -> FrozenLinear:
-        """Weights that share an input, stacked by rows."""
+    def weight(
+        self,
+        names: list[str],
+        rows: tuple[int, ...],
+        inputs: int,
+        orders: Sequence[Tensor | None] | None = None,
+    ) -> FrozenLinear:
+        """Weights that share an input, stacked by rows, each in its order of the file's rows."""
+        orders = orders or [None] * len(names)
+        given = list(zip(names, rows, orders, strict=True))
         if self.quantises(names):
-            parts = [self.part(name, (count, inputs)) for name, count in zip(names, rows, strict=True)]
+            parts = [self.part(name, (count, inputs), order) for name, count, order in given]
             return QuantLinear(parts, self.place.dtype)
         weight_OI = torch.empty((sum(rows), inputs), dtype=self.place.dtype, device=self.place.device)
-        for name, part in zip(names, weight_OI.split(list(rows)), strict=True):
-            self.dense(name, part)
+        for (name, _, order), part in zip(given, weight_OI.split(list(rows)), strict=True):
+            self.dense(name, part, order)
         return DenseLinear(weight_OI)
 
-    def table(self, path: str) -> Table:
-        name, shape = f"{path}.weight", (self.spec.vocab_size, self.spec.hidden_size)
-        if self.quant.embeddings:
+    def table(self, path: str, rows: int) -> Table:
+        name, shape = f"{path}.weight", (rows, self.spec.hidden_size)
+        # Positions are few, and read by row alone.
+        if self.quant.embeddings and path != self.spec.names.positions:
             weight = self.weight([name], shape[:1], shape[1])
         else:
             value = torch.empty(shape, dtype=self.place.dtype, device=self.place.device)
@@ -169,10 +227,10 @@ class Reader(ABC):
         self.release()
         return Table(path, weight)
 
-    def dense(self, name: str, out: Tensor) -> None:
+    def dense(self, name: str, out: Tensor, order: Tensor | None = None) -> None:
         """The weight's numbers into `out`, a stretch at a time."""
         start = 0
-        for stretch in self.rows(name, (out.shape[0], out.shape[1])):
+        for stretch in self._ordered(name, (out.shape[0], out.shape[1]), order):
             out[start : start + len(stretch)] = stretch
             start += len(stretch)
 
@@ -186,7 +244,7 @@ class FileReader(Reader):
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.base.tensors:
             raise BaseError(f"the weight `{name}` is missing", path=self.base.path)
-        found = bnb.stored_shape(self.base, name)
+        found = stored_shape(self.base, self.spec, name)
         if found != shape:
             raise BaseError(
                 f"the weight `{name}` has the shape {list(found)} (wanted: {list(shape)})",
@@ -207,7 +265,8 @@ class FileReader(Reader):
 
     def _stretches(self, name: str) -> Iterator[Tensor]:
         entry = self.base.tensors[name]
-        if bnb.stored_kind(self.base, name) or _paired_heads(self.base, self.spec, name) is not None:
+        given = self.base, self.spec, name
+        if bnb.stored_kind(self.base, name) or lies_across(*given) or file_order(*given) is not None:
             yield read_weight(self.base, self.spec, name)
             return
         count, width = entry.shape
@@ -217,15 +276,18 @@ class FileReader(Reader):
             here = raw[first : first + step]
             yield dequantise(here.reshape(-1), entry.dtype, (len(here), width))
 
-    def part(self, name: str, shape: tuple[int, int]) -> Part:
+    def part(self, name: str, shape: tuple[int, int], order: Tensor | None = None) -> Part:
         """As the base has it, or made so."""
         if self.quant.kind != "keep":
-            return Reader.part(self, name, shape)
+            return Reader.part(self, name, shape, order)
         self.check(name, shape)
         kind = kept_kind(self.base, name)
         assert kind is not None
         if self.base.kind == "gguf":
-            part = keep(self.base.raw(name), kind, shape, _paired_heads(self.base, self.spec, name))
+            inside = file_order(self.base, self.spec, name)
+            part = keep(
+                self.base.raw(name), kind, shape, order if inside is None else picked(inside, order)
+            )
         else:
             part = bnb.read_part(self.base, name)
         if not is_finite(part):
@@ -238,9 +300,10 @@ class FileReader(Reader):
         )
 
     def quantises(self, names: list[str]) -> bool:
-        """What is kept must be quantised in the base."""
+        """What is kept must be quantised in the base, in an order of rows that can be kept."""
         if self.quant.kind == "keep":
-            return all(kept_kind(self.base, name) for name in names)
+            orders = self.base.kind != "gguf" and any(weight_order(self.spec, n) is not None for n in names)
+            return not orders and all(kept_kind(self.base, name) for name in names)
         return self.quant.kind != "none"
 
     def release(self) -> None:
@@ -283,44 +346,58 @@ def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTIS
 
 def assemble(reader: Reader) -> Decoder:
     """A decoder of the reader's parts."""
-    spec, place = reader.spec, reader.place
-    embedding = reader.table("model.embed_tokens")
+    spec, place, names = reader.spec, reader.place, reader.spec.names
+    embedding = reader.table(names.embedding, spec.vocab_size)
+    positions = reader.table(names.positions, spec.learned_positions) if names.positions else None
     layers = [_layer(reader, number) for number in range(spec.layers)]
-    head = Table("lm_head", embedding.weight) if spec.tied_head else reader.table("lm_head")
-    final_norm = reader.norm("model.norm", spec.hidden_size)
+    head = (
+        Table(names.head, embedding.weight) if spec.tied_head else reader.table(names.head, spec.vocab_size)
+    )
+    final_norm = reader.norm(names.final_norm, spec.hidden_size)
     reader.release()
+    ropes = spec.ropes if any(layer.turn is not None for layer in layers) else ()
     return Decoder(
         spec=spec,
         embedding=embedding,
         layers=layers,
         final_norm=final_norm,
         head=head,
-        rope=RopeTables(spec.rope, place.dtype, place.device),
+        rope=Ropes(ropes, place.dtype, place.device),
         dtype=place.dtype,
         device=place.device,
+        positions=positions,
     )
 
 
 def _layer(reader: Reader, number: int) -> Layer:
-    spec = reader.spec
-    path = f"model.layers.{number}"
-    attention, mlp = f"{path}.self_attn", f"{path}.mlp"
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    first = 4 * number
+    spec, names = reader.spec, reader.spec.names
+    path = f"{names.layers}.{number}"
+    sizes = dict(spec.norms())
+    norms = {name: reader.norm(f"{path}.{name}", size) for name, size in sizes.items()}
+    qkv, output = spec.attention_groups()
     return Layer(
-        attention_norm=reader.norm(f"{path}.input_layernorm", hidden),
-        qkv=reader.stacked(
-            attention, ("q_proj", "k_proj", "v_proj"), spec.qkv_rows, hidden, first, spec.qkv_bias
-        ),
-        query_norm=reader.norm(f"{attention}.q_norm", spec.head_dim) if spec.qk_norm else None,
-        key_norm=reader.norm(f"{attention}.k_norm", spec.head_dim) if spec.qk_norm else None,
-        output=reader.stacked(
-            attention, ("o_proj",), (hidden,), spec.qkv_rows[0], first + 1, spec.output_bias
-        ),
-        mlp_norm=reader.norm(f"{path}.post_attention_layernorm", hidden),
-        gate_up=reader.stacked(
-            mlp, ("gate_proj", "up_proj"), (inner, inner), hidden, first + 2, spec.mlp_bias
-        ),
-        down=reader.stacked(mlp, ("down_proj",), (hidden,), inner, first + 3, spec.mlp_bias),
+        attention_norm=norms.get(names.attention_norm),
+        qkv=reader.stacked(number, qkv, stack_order(spec)),
+        query_norm=norms[names.query_norm] if spec.qk_norm else None,
+        key_norm=norms[names.key_norm] if spec.qk_norm else None,
+        output=reader.stacked(number, output),
+        attention_post_norm=norms.get(names.attention_post_norm),
+        mlp_norm=norms.get(names.mlp_norm),
+        mlp=_mlp(reader, number),
+        mlp_post_norm=norms.get(names.mlp_post_norm),
         window=spec.window(number),
+        turn=spec.turn(number),
     )
+
+
+def _mlp(reader: Reader, number: int) -> tuple[Projections, Projections] | Experts:
+    spec, mixture = reader.spec, reader.spec.experts
+    pairs = [
+        (reader.stacked(number, up), reader.stacked(number, down)) for up, down in spec.mlp_groups(number)
+    ]
+    if mixture is None or number not in mixture.layers:
+        return pairs[0]
+    path = f"{spec.names.layers}.{number}"
+    router = reader.tensor(f"{path}.{spec.names.router}.weight", (mixture.count, spec.hidden_size))
+    router = router.to(reader.place.device, torch.float32).clone()
+    return Experts(f"{path}.{spec.names.experts}", router, pairs, mixture.chosen, mixture.renormalise)

@@ -11,7 +11,8 @@ from torch import Tensor
 from lorimer.data.pack import Pack
 from lorimer.kernels import dispatch
 from lorimer.kernels.native.library import usable
-from lorimer.model.decoder import Decoder, Dropouts
+from lorimer.model.decoder import Decoder
+from lorimer.model.parts import Dropouts
 
 # Packs differ by a few tokens, and the CPU's matrix library builds and keeps code for every size it
 # meets: 35 MB a step, measured. A filler row brings each pack to a multiple of this many tokens.
@@ -48,7 +49,10 @@ def pack_loss(
     )
     picked_MH = decoder.finish(hidden_MH)
     return dispatch.head_loss(
-        picked_MH, decoder.head_weight(), pack.labels_M.to(device), weight=weight, smoothing=smoothing
+        *(picked_MH, decoder.head_weight(), pack.labels_M.to(device)),
+        weight=weight,
+        smoothing=smoothing,
+        softcap=decoder.spec.logit_cap,
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorimer.kernels.dispatch import Turn
 from lorimer.model.spec import RopeSpec
 
 
@@ -157,3 +158,29 @@ class RopeTables:
         cos, sin = self._table(max(positions) + 1)
         index = torch.tensor(positions, device=self.device)
         return cos[index], sin[index]
+
+
+class Ropes:
+    """The tables of a model whose layers turn in one or more ways; each call gives one Turn for each."""
+
+    def __init__(self, specs: Sequence[RopeSpec], dtype: torch.dtype, device: torch.device) -> None:
+        self.tables = [RopeTables(spec, dtype, device) for spec in specs]
+
+    def for_rows(self, lengths: Sequence[int], prefix: int = 0) -> list[Turn]:
+        return [Turn(*table.for_rows(lengths, prefix)) for table in self.tables]
+
+    def at(self, positions: Sequence[int]) -> list[Turn]:
+        return [Turn(*table.at(positions)) for table in self.tables]
+
+    def shareable(self, lengths: Sequence[int]) -> bool:
+        return all(table.shareable(lengths) for table in self.tables)
+
+    def turns_anew(self, length: int) -> bool:
+        """Whether a row that has just grown to this length turns otherwise than it did before. Dynamic
+        scaling changes with every token and is left as it was for those before."""
+        longs = [table.spec for table in self.tables if table.spec.kind == "longrope"]
+        return any(length == int(s.settings["original_max_position_embeddings"]) + 1 for s in longs)
+
+    @property
+    def steady(self) -> bool:
+        return all(table.steady for table in self.tables)

@@ -65,7 +65,14 @@ class FrozenLinear(Protocol):
         ...
 
     def head_loss(
-        self, hidden_MI: Tensor, labels_M: Tensor, *, weight: float, smoothing: float, need_grad: bool
+        self,
+        hidden_MI: Tensor,
+        labels_M: Tensor,
+        *,
+        weight: float,
+        smoothing: float,
+        need_grad: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """The losses of a head, float32 [M], and the gradient [M, I] of weight * their sum."""
         ...
@@ -119,10 +126,21 @@ class DenseLinear:
         return products.logits(states_MI, self.weight_OI)
 
     def head_loss(
-        self, hidden_MI: Tensor, labels_M: Tensor, *, weight: float, smoothing: float, need_grad: bool
+        self,
+        hidden_MI: Tensor,
+        labels_M: Tensor,
+        *,
+        weight: float,
+        smoothing: float,
+        need_grad: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         return products.head_loss(
-            hidden_MI, self.weight_OI, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+            *(hidden_MI, self.weight_OI, labels_M),
+            weight=weight,
+            smoothing=smoothing,
+            softcap=softcap,
+            need_grad=need_grad,
         )
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -232,9 +250,16 @@ class QuantLinear:
         return self.forward(states_MI).float()
 
     def head_loss(
-        self, hidden_MI: Tensor, labels_M: Tensor, *, weight: float, smoothing: float, need_grad: bool
+        self,
+        hidden_MI: Tensor,
+        labels_M: Tensor,
+        *,
+        weight: float,
+        smoothing: float,
+        need_grad: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        if native := self._native_for(hidden_MI):
+        if not softcap and (native := self._native_for(hidden_MI)):
             return quantised.head_loss(
                 hidden_MI, native, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
             )
@@ -242,6 +267,7 @@ class QuantLinear:
             *(hidden_MI, self.dequantise(hidden_MI.dtype), labels_M),
             weight=weight,
             smoothing=smoothing,
+            softcap=softcap,
             need_grad=need_grad,
         )
 

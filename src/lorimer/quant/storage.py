@@ -38,17 +38,14 @@ def quantise(rows: Rows, shape: tuple[int, int], quant: QuantConfig) -> Part:
     return nf4.quantise_rows(rows, shape, quant.kind, quant.block_size, double=quant.double)
 
 
-def keep(raw: Bytes, kind: str, shape: tuple[int, int], heads: int | None) -> Part:
+def keep(raw: Bytes, kind: str, shape: tuple[int, int], order: Tensor | None) -> Part:
     """Blocks as they lie in a GGUF file, in memory of their own.
 
-    With `heads`, rows lie there in pairs for llama.cpp's rotation and are put in the order of Hugging
-    Face: a row is whole blocks, so this is exact.
+    Row i is row order[i] of the file, if an order is given: a row is whole blocks, so this is exact.
     """
     rows = torch.from_numpy(raw).view(shape[0], -1)
-    if heads is not None:
-        rows = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
-        return Part(kind, shape, rows.view(-1))
-    return Part(kind, shape, rows.flatten().clone())
+    rows = rows.clone() if order is None else rows.index_select(0, order)
+    return Part(kind, shape, rows.flatten())
 
 
 def is_finite(part: Part) -> bool:

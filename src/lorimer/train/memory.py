@@ -9,13 +9,14 @@ Letters: T tokens computed at once, M trained positions among them, H hidden, I 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 
 from lorimer.config import QuantConfig
 from lorimer.kernels.codes import BLOCKS
 from lorimer.lora.targets import Target
 from lorimer.model.load import STRETCH
-from lorimer.model.spec import ModelSpec
+from lorimer.model.spec import Group, ModelSpec
 
 FLOAT = 4
 PREFLIGHT_TOKENS = 4 * 96  # at most, of preflight's rows together
@@ -70,35 +71,22 @@ class Shape:
     """What memory depends on."""
 
     spec: ModelSpec
-    ranks: dict[str, int]  # of each adapted module by its name in a layer, and how many layers have it
-    layers: dict[str, int]
+    ranks: dict[str, int]  # of each adapted module by its path within a layer
+    layers: dict[str, int]  # how many layers have it
     size: int  # bytes of a number in activations and dense weights
     quant: QuantConfig
     kept: str | None = None  # for `keep`: the GGUF type that most weights have
     optimizer: str = "adamw"
     recompute: str = "none"
 
-    @property
-    def groups(self) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], int]]:
-        """The stacked projections of a layer: names, rows of each, inputs."""
-        spec, inner = self.spec, self.spec.intermediate_size
-        return {
-            "qkv": (("q_proj", "k_proj", "v_proj"), spec.qkv_rows, spec.hidden_size),
-            "output": (("o_proj",), (spec.hidden_size,), spec.qkv_rows[0]),
-            "gate_up": (("gate_proj", "up_proj"), (inner, inner), spec.hidden_size),
-            "down": (("down_proj",), (spec.hidden_size,), inner),
-        }
-
-    def rank(self, names: tuple[str, ...]) -> int:
+    def rank(self, group: Group) -> int:
         """The stacked ranks of a group."""
-        return sum(self.ranks.get(name, 0) for name in names)
+        return sum(self.ranks.get(path, 0) for path in group.paths)
 
 
 def ranks_of(targets: list[Target], r: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The rank of each adapted module by its name, and how many layers have it."""
-    layers: dict[str, int] = {}
-    for target in targets:
-        layers[target.name] = layers.get(target.name, 0) + 1
+    """The rank of each adapted module by its path within a layer, and how many layers have it."""
+    layers = Counter(target.path.partition(f".{target.layer}.")[2] for target in targets)
     return dict.fromkeys(layers, r), layers
 
 
@@ -117,38 +105,55 @@ def stored_bytes(rows: int, columns: int, shape: Shape) -> int:
 
 
 def table_bytes(shape: Shape) -> int:
-    """Embedding and head; one where they are tied."""
+    """Embedding, positions and head; one table where embedding and head are tied."""
     spec = shape.spec
     tables = 1 if spec.tied_head else 2
     dense = spec.vocab_size * spec.hidden_size * shape.size
     stored = stored_bytes(spec.vocab_size, spec.hidden_size, shape)
-    return tables * (stored if shape.quant.embeddings else dense)
+    positions = spec.learned_positions * spec.hidden_size * shape.size
+    return tables * (stored if shape.quant.embeddings else dense) + positions
 
 
-def layer_bytes(shape: Shape) -> int:
-    """The frozen weights of one layer."""
-    total = FLOAT * 2 * shape.spec.hidden_size
-    for _, rows, inputs in shape.groups.values():
-        total += sum(stored_bytes(count, inputs, shape) for count in rows)
+def all_groups(spec: ModelSpec) -> Counter[Group]:
+    """Every stack of projections, and how many layers have it."""
+    return Counter(group for layer in range(spec.layers) for group in spec.groups(layer))
+
+
+def layers_bytes(shape: Shape) -> int:
+    """The frozen weights of all layers."""
+    spec = shape.spec
+    total = spec.layers * FLOAT * spec.norm_numbers * sum(size for _, size in spec.norms())
+    for group, copies in all_groups(spec).items():
+        total += copies * sum(stored_bytes(count, group.inputs, shape) for count in group.rows)
+        total += copies * sum(group.rows) * shape.size * group.bias
+    if spec.experts is not None:
+        total += FLOAT * len(spec.experts.layers) * spec.experts.count * spec.hidden_size
     return total
 
 
 def trained_numbers(shape: Shape) -> int:
     """Numbers in the adapter's flat buffer: each A [r, inputs] and B [outputs, r]."""
     total = 0
-    for names, rows, inputs in shape.groups.values():
-        for name, count in zip(names, rows, strict=True):
-            total += shape.layers.get(name, 0) * shape.ranks.get(name, 0) * (inputs + count)
+    for group in all_groups(shape.spec):
+        for path, count in zip(group.paths, group.rows, strict=True):
+            total += shape.layers.get(path, 0) * shape.ranks.get(path, 0) * (group.inputs + count)
     return total
 
 
 def adapter_bytes(shape: Shape) -> int:
     """The float32 buffer, and the copies that products use: stacked A, and B with zeros between."""
     copies = 0
-    for names, rows, inputs in shape.groups.values():
-        adapted = max((shape.layers.get(name, 0) for name in names), default=0)
-        copies += adapted * shape.rank(names) * (inputs + sum(rows))
+    for group in all_groups(shape.spec):
+        adapted = max(shape.layers.get(path, 0) for path in group.paths)
+        copies += adapted * shape.rank(group) * (group.inputs + sum(group.rows))
     return FLOAT * trained_numbers(shape) + shape.size * copies
+
+
+def inner_features(spec: ModelSpec) -> int:
+    """What the gated unit of one layer computes for a token: gate and up, of all experts that it takes."""
+    wide = 2 if spec.gated else 1
+    mixture = spec.experts
+    return wide * (spec.intermediate_size if mixture is None else mixture.chosen * mixture.inner)
 
 
 def token_bytes(shape: Shape, rung: str) -> int:
@@ -156,19 +161,28 @@ def token_bytes(shape: Shape, rung: str) -> int:
 
     The two norm inputs, query, key and value stacked, the heads' output, gate and up stacked, the input
     times A of each group; in float32 the norms' factors and attention's log sums. With head norms the
-    stacked outputs are kept before and after them.
+    stacked outputs are kept before and after them; what a norm after a part gets is kept too.
     """
-    spec = shape.spec
+    spec, names = shape.spec, shape.spec.names
     if rung in ("layers", "offload"):
         return spec.hidden_size * shape.size if rung == "layers" else 0
     stacked = sum(spec.qkv_rows)
     kept = 2 * spec.hidden_size + stacked + spec.qkv_rows[0]
-    kept += 0 if rung == "mlp" else 2 * spec.intermediate_size
-    kept += sum(shape.rank(names) for names, _, _ in shape.groups.values())
-    factors = 2 + spec.heads
+    kept += 0 if rung == "mlp" else inner_features(spec)
+    mixture = spec.experts
+    for pair in (
+        spec.attention_groups(),
+        *spec.mlp_groups(spec.layers - 1)[: mixture.chosen if mixture else 1],
+    ):
+        kept += sum(shape.rank(group) for group in pair)
+    kept += spec.hidden_size * sum(bool(name) for name in (names.attention_post_norm, names.mlp_post_norm))
+    factors = len(spec.norms()) * (2 if spec.norm == "layer" else 1) + spec.heads
     if spec.qk_norm:
         kept += stacked
         factors += spec.heads + spec.kv_heads
+    if mixture is not None:  # each expert's own copy of its tokens, and its result before it is weighted
+        kept += (2 * mixture.chosen + 1) * spec.hidden_size
+        factors += 3 * mixture.count
     return kept * shape.size + factors * FLOAT
 
 
@@ -177,7 +191,7 @@ def activation_bytes(shape: Shape, tokens: int, trained: int) -> int:
     positions alone, and is never computed again."""
     spec = shape.spec
     whole = token_bytes(shape, "none")
-    late = (spec.hidden_size + 2 * spec.intermediate_size) * shape.size
+    late = (spec.hidden_size + inner_features(spec)) * shape.size
     last = tokens * (whole - late) + trained * late
     return (spec.layers - 1) * tokens * token_bytes(shape, shape.recompute) + last
 
@@ -187,9 +201,10 @@ def workspace_bytes(shape: Shape, tokens: int, trained: int) -> int:
     output, of gate and up, and that output again; with a rung, what it computes again. Beside it the
     head's: the normed states and their gradient."""
     spec = shape.spec
-    layer = (spec.hidden_size + 4 * spec.intermediate_size) * shape.size * tokens
+    inner = inner_features(spec)
+    layer = (spec.hidden_size + 2 * inner) * shape.size * tokens
     if shape.recompute == "mlp":
-        layer += 2 * spec.intermediate_size * shape.size * tokens
+        layer += inner * shape.size * tokens
     elif shape.recompute != "none":
         layer += tokens * token_bytes(shape, "none") + AGAIN_TOUCHED
     return layer + (3 * spec.hidden_size * shape.size + 16) * trained
@@ -206,7 +221,7 @@ def evaluation_bytes(shape: Shape, tokens: int, rows: int, positions: int) -> in
     """The larger of: the validation loss, one layer at a time; answering `rows` prompts side by side,
     with keys and values of `positions` each, the logits of every row, and a prompt's layer."""
     spec = shape.spec
-    layer = (4 * spec.hidden_size + 2 * sum(spec.qkv_rows) + 3 * spec.intermediate_size) * shape.size
+    layer = (4 * spec.hidden_size + 2 * sum(spec.qkv_rows) + 3 * inner_features(spec) // 2) * shape.size
     loss = tokens * layer
     cache = 2 * spec.layers * rows * positions * spec.kv_heads * spec.head_dim * shape.size
     answers = cache + 3 * FLOAT * rows * spec.vocab_size + layer * rows * min(positions, 64)
@@ -218,16 +233,32 @@ def loading_bytes(shape: Shape, file_bytes: int) -> int:
     pages of one stack or table, as the file has them (`file_bytes` in all)."""
     spec = shape.spec
     turned = 2 * FLOAT * spec.qkv_rows[0] * spec.hidden_size
-    stacks = max(sum(rows) * inputs for _, rows, inputs in shape.groups.values())
+    stacks = max(sum(group.rows) * group.inputs for group in all_groups(spec))
     most = max(stacks, spec.vocab_size * spec.hidden_size)
     return 2 * FLOAT * STRETCH + turned + int(file_bytes * most / max(1, parameters(spec)))
 
 
 def parameters(spec: ModelSpec) -> int:
     """Numbers in all weights; a tied head counts once."""
-    size, inner = spec.hidden_size, spec.intermediate_size
-    layer = size * (sum(spec.qkv_rows) + spec.qkv_rows[0] + 3 * inner + 2)
-    return spec.layers * layer + size * (1 + spec.vocab_size * (1 if spec.tied_head else 2))
+    size = spec.hidden_size
+    total = spec.norm_numbers * (size + spec.layers * sum(count for _, count in spec.norms()))
+    for group, copies in all_groups(spec).items():
+        total += copies * sum(group.rows) * (group.inputs + group.bias)
+    if spec.experts is not None:
+        total += len(spec.experts.layers) * spec.experts.count * size
+    return total + size * (spec.learned_positions + spec.vocab_size * (1 if spec.tied_head else 2))
+
+
+def used_parameters(spec: ModelSpec) -> int:
+    """Numbers in the linear weights that compute one token: of a mixture the experts that it takes."""
+    total = 0
+    for layer in range(spec.layers):
+        mixture = spec.experts
+        sparse = mixture is not None and layer in mixture.layers
+        pairs = spec.mlp_groups(layer)[: mixture.chosen if sparse and mixture else 1]
+        groups = [*spec.attention_groups(), *(group for pair in pairs for group in pair)]
+        total += sum(sum(group.rows) * group.inputs for group in groups)
+    return total
 
 
 def count(
@@ -248,7 +279,7 @@ def count(
     numbers = trained_numbers(shape)
     return Memory(
         program=program + TOUCHED,
-        weights=shape.spec.layers * layer_bytes(shape) + table_bytes(shape),
+        weights=layers_bytes(shape) + table_bytes(shape),
         adapter=adapter_bytes(shape),
         gradients=FLOAT * numbers,
         optimizer=int(STATE[shape.optimizer] * numbers),

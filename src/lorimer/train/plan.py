@@ -29,7 +29,15 @@ from lorimer.machine import memory
 from lorimer.model.families import read_spec
 from lorimer.model.load import kept_kind, skeleton
 from lorimer.model.spec import ModelSpec
-from lorimer.train.memory import Memory, Shape, count, parameters, ranks_of, trained_numbers
+from lorimer.train.memory import (
+    Memory,
+    Shape,
+    count,
+    parameters,
+    ranks_of,
+    trained_numbers,
+    used_parameters,
+)
 
 # What computing again costs, as a share of a step: of forward and backward, gate and up, or a forward.
 AGAIN = {"none": 0.0, "mlp": 0.17, "layers": 0.33, "offload": 0.40}
@@ -365,7 +373,7 @@ def step_flops(shape: Shape, load: Load) -> float:
     """Multiply-adds times two of one optimizer step: forward and input gradient of every frozen weight,
     the adapter's, attention, and the head at trained positions."""
     spec = shape.spec
-    weights = (parameters(spec) - spec.vocab_size * spec.hidden_size * (1 if spec.tied_head else 2)) * 4
+    weights = 4 * used_parameters(spec)
     adapter = trained_numbers(shape) * 6
     attention = spec.layers * spec.heads * spec.head_dim * load.longest * 6
     head = 4 * spec.vocab_size * spec.hidden_size
@@ -376,7 +384,7 @@ def _probed_seconds(shape: Shape, load: Load, dtype: torch.dtype) -> float | Non
     """Steps of two models of one and three layers of the true shape: a layer is half of the difference."""
     tokens = int(min(PROBE_TOKENS, max(64, load.tokens)))
     part = replace(load, tokens=tokens, trained=tokens * load.trained / max(1.0, load.tokens))
-    if step_flops(replace(shape, spec=replace(shape.spec, layers=3, windows=())), part) > PROBE_LIMIT:
+    if step_flops(replace(shape, spec=shape.spec.first_layers(3)), part) > PROBE_LIMIT:
         return None
     one, three = (_layers_seconds(shape, layers, tokens, part.trained, dtype) for layers in (1, 3))
     per_layer = max(1e-6, (three - one) / 2)
@@ -394,10 +402,11 @@ def _layers_seconds(shape: Shape, layers: int, tokens: int, trained: float, dtyp
     from lorimer.model.loss import pack_loss
     from lorimer.model.random import random_decoder
 
-    spec = replace(shape.spec, layers=layers, windows=shape.spec.windows[:layers])
+    spec = shape.spec.first_layers(layers)
     quant = shape.quant if shape.quant.kind != "keep" else QuantConfig(kind="int8")
     decoder = random_decoder(spec, dtype, quant)
-    names = [name for name, n in shape.layers.items() if n]
+    here = {path for layer in range(layers) for group in spec.groups(layer) for path in group.paths}
+    names = [path for path, n in shape.layers.items() if n and path in here]
     new_adapter(decoder, LoraConfig(r=max(shape.ranks.values()), target_modules=names), seed=0)
     ids = np.random.default_rng(0).integers(0, spec.vocab_size, tokens).astype(np.int32)
     marks = np.arange(tokens) >= tokens - max(1, int(trained))

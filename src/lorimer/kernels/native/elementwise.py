@@ -17,7 +17,22 @@ from torch import Tensor
 
 from lorimer.kernels import workspace
 from lorimer.kernels.native.library import Kernel
-from lorimer.kernels.reference import Activation
+from lorimer.kernels.reference import (
+    Activation,
+    activate,
+    activate_backward,
+    layer_norm,
+    layer_norm_apply,
+    layer_norm_backward,
+)
+
+__all__ = [
+    "activate",
+    "activate_backward",
+    "layer_norm",
+    "layer_norm_apply",
+    "layer_norm_backward",
+]
 
 _rms_norm = Kernel("rms_norm", "plpplp" + "lll" + "ffii")
 _rms_norm_apply = Kernel("rms_norm_apply", "plpppl" + "lll" + "fii")
