@@ -27,6 +27,7 @@ from lorimer.lora.adapter import (
 from lorimer.lora.layers import Adapter
 from lorimer.model.load import load_decoder
 from tiny import (
+    FAMILIES,
     FP32,
     PEFT_NOISE,
     Tiny,
@@ -42,6 +43,8 @@ from tiny import (
 
 pytestmark = PEFT_NOISE
 ROW = random_rows([23])[0]
+# PEFT takes the gated units of layers without experts for experts of an older format.
+ALL_SPARSE: dict[str, Any] = {"mlp_only_layers": []}
 TIED = {"tie_word_embeddings": True}
 
 
@@ -81,7 +84,17 @@ OURS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "head alone": ("llama", {}, {"r": 2, "modules_to_save": ["lm_head"]}),
     "tied embedding": ("qwen2", TIED, {"r": 2, "modules_to_save": ["embed_tokens"]}),
     "tied head": ("llama", TIED, {"r": 2, "modules_to_save": ["lm_head", "norm"]}),
-}
+    "biases of a fused weight": ("falcon", {}, {"r": 2, "bias": "all"}),
+    "LayerNorms": ("gpt_neox", {}, {"r": 2, "modules_to_save": ["input_layernorm", "final_layer_norm"]}),
+    "positions": ("gpt2", {}, {"r": 2, "modules_to_save": ["wpe", "ln_f"]}),
+    "experts of one layer": (
+        "mixtral",
+        {},
+        {"r": 2, "target_modules": ["down_proj"], "layers": [1]},
+    ),
+    "experts alone": ("qwen3_moe", ALL_SPARSE, {"r": 2, "target_modules": "mlp"}),
+    "qwen3_moe": ("qwen3_moe", ALL_SPARSE, {"r": 3, "alpha": 5}),
+} | {family: (family, {}, {"r": 3, "alpha": 5}) for family in FAMILIES if family != "qwen3_moe"}
 
 
 @pytest.mark.trap(36)
@@ -94,7 +107,8 @@ def test_ours_in_peft_and_back(name: str, tmp_path: Path) -> None:
     live = our_logits(tiny.decoder, [ROW])[0]
     folder = save(tmp_path / "adapter", tiny, adapter)
     peft = peft_of(reopened(tiny), folder)
-    assert apart(tiny.decoder, peft) < 1e-6
+    # transformers' own Gemma 2 is 1.0e-6 from what it computes in float64, the decoder 0.7e-6.
+    assert apart(tiny.decoder, peft) < (2e-6 if family == "gemma2" else 1e-6)
 
     again = tmp_path / "again"
     peft.save_pretrained(again)

@@ -23,6 +23,7 @@ from lorimer.lora.layers import Adapter
 from lorimer.lora.merge import merge
 from lorimer.model.load import load_decoder
 from tiny import (
+    FAMILIES,
     FP32,
     PEFT_NOISE,
     Tiny,
@@ -61,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3, norms": ("qwen3", {}, {"r": 2, "modules_to_save": ["norm", "k_norm"], "layers": "last:1"}),
     "embedding and head": ("llama", {}, {"r": 2, "modules_to_save": ["embed_tokens", "lm_head"]}),
     "tied, embedding and head as one": ("qwen2", TIED, {"r": 2, "modules_to_save": ["lm_head"]}),
-}
+} | {family: (family, {}, {"r": 3, "alpha": 5}) for family in FAMILIES[4:]}
 
 
 @pytest.mark.trap(53)

@@ -32,6 +32,9 @@ class FileUpdate:
     spec: LoraSpec
     tensors: dict[str, Tensor]
 
+    def for_files(self, name: str) -> Tensor:
+        return self.tensors[name]
+
 
 @dataclass(frozen=True)
 class Source:

@@ -162,7 +162,7 @@ class _Project(torch.autograd.Function):
         need_norm, need_norm_bias, need_bias = ctx.needs_input_grad[6:9]
         grad_down = products.down_grad(grad_TO, low_rank) if low_rank is not None else None
         grad_input = grad_norm = grad_norm_bias = states = None
-        if need_input or need_norm:
+        if need_input or need_norm or need_norm_bias:
             grad_input = _states_grad(linear, grad_TO, grad_down, ctx.dropout)
             if isinstance(before, Gate):
                 # Its own output again in the same pass: the factors' gradients need it.
@@ -178,7 +178,7 @@ class _Project(torch.autograd.Function):
             del states
         if grad_input is not None and isinstance(before, Norm):
             grad_input, grad_norm, grad_norm_bias = _normed_backward(
-                grad_input, input_TI, rstd, before, weight_grad=need_norm
+                grad_input, input_TI, rstd, before, weight_grad=need_norm or need_norm_bias
             )
         grad_bias = _pointwise(grad_TO).column_sums(grad_TO) if need_bias else None
         return (
@@ -188,7 +188,7 @@ class _Project(torch.autograd.Function):
             None,
             None,
             None,
-            grad_norm,
+            grad_norm if need_norm else None,
             grad_norm_bias if need_norm_bias else None,
             grad_bias,
             *grad_factors,

@@ -21,6 +21,7 @@ from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.config import LoraConfig
 from lorimer.errors import AdapterError
 from lorimer.lora.layers import Adapter, LoraSpec, inject, saved_paths
+from lorimer.lora.stacked import is_expert, parameter_of, stack, unstack
 from lorimer.lora.targets import Target, all_targets, select_targets
 from lorimer.model.decoder import Decoder
 from lorimer.storage import write_folder, write_tensors
@@ -33,7 +34,6 @@ NOT_SUPPORTED = (
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -102,11 +102,24 @@ def read_adapter(path: Path) -> AdapterFiles:
     if stray or not tensors:
         what = f"`{stray[0]}` is not a name that PEFT writes" if stray else "it holds no tensors"
         raise AdapterError(f"the adapter's weights cannot be used: {what}", path=path / WEIGHTS)
-    named = {name.removeprefix(PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}
+    named = _unstacked(path, config, {name.removeprefix(PREFIX): t for name, t in tensors.items()})
+    named = {name.replace(".base_layer.", "."): t for name, t in named.items()}
     bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise AdapterError(f"`{bad[0]}` holds NaN or infinity", path=path / WEIGHTS)
     return AdapterFiles(path, config, named, ours)
+
+
+def _unstacked(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each expert's own adapter, out of PEFT's for all experts."""
+    parameters, rank = config.get("target_parameters") or [], config.get("r")
+    listed = isinstance(parameters, list) and all(isinstance(item, str) for item in parameters)
+    if not listed or not isinstance(rank, int):
+        raise AdapterError("`target_parameters` and `r` cannot be used", path=path / CONFIG)
+    try:
+        return unstack(tensors, parameters, rank) if parameters else tensors
+    except ValueError as error:
+        raise AdapterError(f"the adapter's experts cannot be used: {error}", path=path / WEIGHTS) from error
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -250,7 +263,8 @@ def fill_adapter(
     config = peft_config(adapter, decoder, base)
     for name, content in extra_files.items():
         (folder / name).write_bytes(content)
-    tensors = {_peft_name(name, adapter): adapter.for_files(name).cpu().clone() for name in adapter.tensors}
+    named = {_peft_name(name, adapter): adapter.for_files(name).cpu() for name in adapter.tensors}
+    tensors = {name: tensor.clone() for name, tensor in stack(named).items()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / OURS).write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -272,7 +286,8 @@ def peft_config(adapter: Adapter, decoder: Decoder, base: str) -> dict[str, Any]
     ranks, alphas = list(spec.ranks.values()), list(spec.alphas.values())
     r = max(set(ranks), key=ranks.count)
     alpha = max(set(alphas), key=alphas.count)
-    names, layers = _compact(paths, decoder)
+    names, layers = _compact([path for path in paths if not is_expert(path)], decoder)
+    parameters = _parameters(paths, decoder)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -280,8 +295,10 @@ def peft_config(adapter: Adapter, decoder: Decoder, base: str) -> dict[str, Any]
         "inference_mode": True,
         "r": r,
         "lora_alpha": _plain(alpha),
-        "lora_dropout": spec.dropout,
-        "target_modules": names,
+        # PEFT computes no dropout where it adapts parameters; while answering there is none.
+        "lora_dropout": 0.0 if parameters else spec.dropout,
+        "target_modules": names or None,
+        "target_parameters": parameters or None,
         "layers_to_transform": layers,
         "layers_pattern": None,
         "rank_pattern": {path: rank for path, rank in spec.ranks.items() if rank != r},
@@ -301,7 +318,7 @@ def _plain(value: float) -> float | int:
 
 def _compact(paths: Sequence[str], decoder: Decoder) -> tuple[list[str], list[int] | None]:
     """The shortest settings that choose exactly these modules: names, names in some layers, or paths."""
-    targets = all_targets(decoder)
+    targets = [target for target in all_targets(decoder) if not is_expert(target.path)]
     chosen = set(paths)
     names = sorted({target.name for target in targets if target.path in chosen})
     layers = sorted({target.layer for target in targets if target.path in chosen})
@@ -309,6 +326,15 @@ def _compact(paths: Sequence[str], decoder: Decoder) -> tuple[list[str], list[in
     if product != chosen:
         return sorted(paths), None
     return names, None if len(layers) == decoder.spec.layers else layers
+
+
+def _parameters(paths: Sequence[str], decoder: Decoder) -> list[str]:
+    """PEFT's names of the parameters that hold the adapted experts: their ends, if all layers have them."""
+    chosen = {parameter_of(path) for path in paths if is_expert(path)}
+    every = {parameter_of(t.path) for t in all_targets(decoder) if is_expert(t.path)}
+    ends = {".".join(path.split(".")[-3:]) for path in chosen}
+    whole = {path for path in every if ".".join(path.split(".")[-3:]) in ends}
+    return sorted(ends if whole == chosen else chosen)
 
 
 def _readme(config: Mapping[str, Any]) -> str:
@@ -322,7 +348,7 @@ tags: [lora, lorimer]
 # LoRA adapter for {base}
 
 Trained with lorimer: r {config["r"]}, alpha {config["lora_alpha"]}, on
-{", ".join(config["target_modules"][:8])}.
+{", ".join([*(config["target_modules"] or []), *(config["target_parameters"] or [])][:8])}.
 
     lorimer chat FOLDER          answer with it
     lorimer merge FOLDER --out M a full model

@@ -147,14 +147,15 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
         ]
         pieces += _bias_pieces(group, members, spec)
     slots = [slot for path in spec.modules_to_save for slot in find_slots(decoder, path)]
-    head = decoder.head if spec.tie and decoder.head in slots else None
+    head = decoder.head if spec.tie and any(slot is decoder.head for slot in slots) else None
     for slot in slots:
         if slot is not head:
             value = _slot_value(slot)
             pieces.append(_Piece(f"{slot.path}.weight", tuple(value.shape), _copy_from(value)))
-            bias = slot.frozen.bias_H if isinstance(slot, NormSlot) else None
-            if bias is not None:
-                pieces.append(_Piece(f"{slot.path}.bias", tuple(bias.shape), _copy_from(bias)))
+    for norm in decoder.norms():
+        if norm.frozen.bias_H is not None and (any(norm is slot for slot in slots) or spec.bias == "all"):
+            bias = norm.frozen.bias_H
+            pieces.append(_Piece(f"{norm.path}.bias", tuple(bias.shape), _copy_from(bias)))
     adapter = _allocate(pieces, spec, decoder.device)
     adapter._groups = groups
     adapter.orders = {
@@ -170,8 +171,8 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
         adapter.tensors[f"{head.path}.weight"] = adapter.tensors[f"{decoder.embedding.path}.weight"]
     for slot in slots:
         slot.trained = adapter.tensors[f"{slot.path}.weight"]
-        if isinstance(slot, NormSlot):
-            slot.trained_bias = adapter.tensors.get(f"{slot.path}.bias")
+    for norm in decoder.norms():
+        norm.trained_bias = adapter.tensors.get(f"{norm.path}.bias")
     adapter.refresh()
     return adapter
 

@@ -25,7 +25,7 @@ from lorimer.config import QuantConfig
 from lorimer.errors import UserError
 from lorimer.lora.layers import LoraSpec
 from lorimer.model.load import NOT_QUANTISED, stored_shape, trained_weight
-from lorimer.model.order import is_transposed
+from lorimer.model.order import adapted_module, is_transposed
 from lorimer.model.spec import ModelSpec
 from lorimer.storage import check_space, write_folder, write_tensors
 
@@ -65,6 +65,10 @@ class Update(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
+
+    def for_files(self, name: str) -> Tensor:
+        """One of them, rows in the order of files."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ def merged_tensors(
     """
     for name in _weights(base):
         value = trained_weight(base, spec, name, quant).float()
-        merged = _update(name, value, adapter)
+        merged = _update(spec, name, value, adapter)
         if merged is not None:
             counts["adapted"] += 1
             counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
@@ -152,9 +156,9 @@ def merged_tensors(
         yield name, (value if merged is None else merged).to(dtype).contiguous()
     head = head_name(spec)
     if head not in base.tensors and untied(spec, adapter):
-        trained = adapter.tensors.get(head)
+        trained = adapter.for_files(head) if head in adapter.tensors else None
         embedding = embedding_name(spec)
-        value = trained_weight(base, spec, embedding, quant) if trained is None else trained.detach()
+        value = trained_weight(base, spec, embedding, quant) if trained is None else trained
         yield head, value.to(dtype).contiguous()
 
 
@@ -197,7 +201,7 @@ class MergedBase(BaseFiles):
         base, spec, adapter, dtype, quant = self._given
         own = name if name in base.tensors else embedding_name(spec)
         value = trained_weight(base, spec, own, quant).float()
-        merged = _update(name, value, adapter)
+        merged = _update(spec, name, value, adapter)
         found = (value if merged is None else merged).to(TYPES[dtype])
         found = (found.t() if is_transposed(spec, name) else found).contiguous()
         return found.view(torch.uint8).flatten().numpy()
@@ -215,16 +219,16 @@ def untied(spec: ModelSpec, adapter: Update) -> bool:
     )
 
 
-def _update(name: str, value: Tensor, adapter: Update) -> Tensor | None:
+def _update(spec: ModelSpec, name: str, value: Tensor, adapter: Update) -> Tensor | None:
     """The weight with its update, or the copy trained in its place; None if neither exists."""
-    module, _, kind = name.rpartition(".")
+    module, part, parts = adapted_module(spec, name)
     if name in adapter.tensors:
-        return adapter.tensors[name].detach().float()
-    down = adapter.tensors.get(f"{module}.lora_A.weight")
-    up = adapter.tensors.get(f"{module}.lora_B.weight")
-    if kind != "weight" or down is None or up is None:
+        return adapter.for_files(name).float()
+    down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    if not name.endswith(".weight") or down not in adapter.tensors or up not in adapter.tensors:
         return None
-    return value + adapter.spec.scale(module) * (up.detach() @ down.detach())
+    up_OR = adapter.for_files(up).chunk(parts)[part]
+    return value + adapter.spec.scale(module) * (up_OR @ adapter.for_files(down))
 
 
 def merged_config(base: BaseFiles, spec: ModelSpec, adapter: Update, dtype: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorimer.errors import ConfigError
+from lorimer.lora.stacked import is_expert, parameter_of
 from lorimer.model.decoder import Decoder
 from lorimer.model.parts import Projections
 
@@ -50,6 +51,7 @@ def select_targets(
     """
     targets = all_targets(decoder)
     chosen = _by_module(targets, target_modules)
+    _check_experts(targets, chosen)
     if layers is not None:
         wanted = _layer_numbers(layers, decoder.spec.layers)
         chosen = [target for target in chosen if target.layer in wanted]
@@ -59,6 +61,18 @@ def select_targets(
                 fix="Widen one of the two.",
             )
     return chosen
+
+
+def _check_experts(targets: list[Target], chosen: list[Target]) -> None:
+    """PEFT keeps the adapters of a layer's experts in one tensor: all of them, or none."""
+    paths = {target.path for target in chosen}
+    whole = {parameter_of(path) for path in paths if is_expert(path)}
+    for target in targets:
+        if is_expert(target.path) and parameter_of(target.path) in whole and target.path not in paths:
+            raise ConfigError(
+                f"`lora.target_modules` leaves out `{target.path}`, but not all experts of its layer",
+                fix="An adapter is on all experts of a layer, or on none.",
+            )
 
 
 def _by_module(targets: list[Target], wanted: str | Sequence[str]) -> list[Target]:

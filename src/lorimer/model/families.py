@@ -80,7 +80,7 @@ def mixtral(config: Config) -> ModelSpec:
     )
     names = Names(
         router="block_sparse_moe.gate",
-        experts="block_sparse_moe.experts",
+        expert_files="block_sparse_moe.experts",
         expert_up=("w1", "w3"),
         expert_down="w2",
     )

@@ -185,9 +185,11 @@ class Reader(ABC):
             order_O=order,
         )
         orders = [projections.order(position) for position in range(len(group.names))]
-        projections.linear.weight = self.weight(
-            [f"{p}.weight" for p in paths], group.rows, group.inputs, orders
-        )
+        files, rows = [f"{p}.weight" for p in paths], group.rows
+        if group.files:
+            files = [f"{self.spec.names.layers}.{layer}.{file}.weight" for file in group.files]
+            rows, orders = (sum(group.rows) // len(files),) * len(files), [None] * len(files)
+        projections.linear.weight = self.weight(files, rows, group.inputs, orders)
         if group.bias:
             found = [
                 picked(self.tensor(f"{p}.bias", (count,)), here)

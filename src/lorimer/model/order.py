@@ -67,6 +67,22 @@ def file_order(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor | None:
     return None
 
 
+def adapted_module(spec: ModelSpec, name: str) -> tuple[str, int, int]:
+    """Whose adapter changes a weight of the files: a module's path, and which of how many equal parts of
+    its outputs the weight is."""
+    module, mixture = name.rpartition(".")[0], spec.experts
+    inside = f".{spec.names.expert_files}."
+    if mixture is None or inside not in module:
+        return module, 0, 1
+    before, _, rest = module.partition(inside)
+    number, _, part = rest.partition(".")
+    path = f"{before}.{spec.names.experts}.{number}"
+    ups = spec.names.expert_up
+    if part in ups:
+        return f"{path}.gate_up_proj", ups.index(part), len(ups)
+    return f"{path}.down_proj", 0, 1
+
+
 def lies_across(base: BaseFiles, spec: ModelSpec, name: str) -> bool:
     """Whether this base has a linear weight as [inputs, outputs]; GGUF files never do."""
     return base.kind != "gguf" and is_transposed(spec, name)

@@ -110,11 +110,12 @@ class NormSlot:
         return self.frozen.weight_H
 
     def norm(self, adapted: bool) -> Norm:
-        if not adapted or self.trained is None:
-            return self.frozen
-        bias = None if self.trained_bias is None else self.trained_bias.detach()
         frozen = self.frozen
-        return Norm(self.trained.detach(), frozen.eps, frozen.offset, frozen.layer, bias)
+        if not adapted or (self.trained is None and self.trained_bias is None):
+            return frozen
+        weight = frozen.weight_H if self.trained is None else self.trained.detach()
+        bias = frozen.bias_H if self.trained_bias is None else self.trained_bias.detach()
+        return Norm(weight, frozen.eps, frozen.offset, frozen.layer, bias)
 
     def parameters(self, adapted: bool) -> tuple[Tensor | None, Tensor | None]:
         return (self.trained, self.trained_bias) if adapted else (None, None)

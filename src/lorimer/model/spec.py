@@ -44,8 +44,10 @@ class Names:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     mlp_post_norm: str = ""
-    router: str = "mlp.gate"
+    # Transformers has the experts of a layer in two parameters, files have each expert's own weights.
     experts: str = "mlp.experts"
+    router: str = "mlp.gate"
+    expert_files: str = "mlp.experts"
     expert_up: tuple[str, ...] = ("gate_proj", "up_proj")
     expert_down: str = "down_proj"
 
@@ -70,6 +72,7 @@ class Group(NamedTuple):
     inputs: int
     bias: bool
     attention: bool
+    files: tuple[str, ...] = ()  # the weights of a fused layer, where files have its parts
 
     @property
     def paths(self) -> list[str]:
@@ -156,11 +159,17 @@ class ModelSpec:
         names, mixture = self.names, self.experts
         if mixture is None or layer not in mixture.layers:
             return [self._pair(names.up, names.down, self.intermediate_size)]
-        paths = [f"{names.experts}.{number}." for number in range(mixture.count)]
-        return [
-            self._pair(tuple(path + up for up in names.expert_up), path + names.expert_down, mixture.inner)
-            for path in paths
-        ]
+        return [self._expert(mixture, number) for number in range(mixture.count)]
+
+    def _expert(self, mixture: ExpertSpec, number: int) -> tuple[Group, Group]:
+        """Gate and up are one layer, as they are one parameter in transformers."""
+        names, path = self.names, f"{self.names.experts}.{number}"
+        inside = f"{names.expert_files}.{number}."
+        up, down = self._pair((f"{path}.gate_up_proj",), f"{path}.down_proj", mixture.inner)
+        return (
+            up._replace(files=tuple(inside + name for name in names.expert_up)),
+            down._replace(files=(inside + names.expert_down,)),
+        )
 
     def _pair(self, up: tuple[str, ...], down: str, inner: int) -> tuple[Group, Group]:
         total = 2 * inner if self.gated else inner
