@@ -51,6 +51,8 @@ def write_model(
         add.get(type(value), writer.add_array)(key, value)
     writer.add_array("tokenizer.ggml.tokens", [f"t{n}" for n in range(VOCAB)])
     writer.add_string("tokenizer.ggml.model", "gpt2")
+    if "tokenizer.ggml.pre" not in metadata:
+        writer.add_string("tokenizer.ggml.pre", "gpt-2")
     writer.add_string("tokenizer.chat_template", "{{ messages }}")
     shapes = {
         "token_embd": (VOCAB, HIDDEN),
@@ -76,6 +78,37 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_vocabulary(path: Path, metadata: Mapping[str, Any], architecture: str = "llama") -> Path:
+    """A model of one layer with this vocabulary."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    writer = gguf.GGUFWriter(path, architecture)
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32}
+    sizes |= {"attention.head_count": 1}
+    for key, value in ({f"{architecture}.{k}": v for k, v in sizes.items()} | dict(metadata)).items():
+        add_entry(writer, key, value)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 32), np.float32))
+    return _finished(writer)
+
+
+def add_entry(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Integers unsigned, as llama.cpp's converter writes them."""
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        bool: writer.add_bool,
+    }
+    add.get(type(value), writer.add_array)(key, value)
+
+
+def _finished(writer: gguf.GGUFWriter) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(writer.path)
 
 
 def text(value: str | bytes) -> bytes:

@@ -37,7 +37,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         "hidden_size": 256,
         "max_tokens": 512,
         "types": {"Q4_0": 8, "F32": 3},
-        "tokenizer": "BPE (gpt2), 40 tokens",
+        "tokenizer": "BPE (gpt2, gpt-2), 40 tokens",
         "chat_template": True,
         "licence": "mit",
         "source": None,

@@ -10,7 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from lorimer.data.vocabulary import BYTE, CONTROL, LLAMA3, NORMAL, UNKNOWN, USER_DEFINED
+from lorimer.data.cuts import CUTS, LLAMA3
+from lorimer.data.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 PLAIN = [
     "",
@@ -121,6 +122,23 @@ def llama3_like() -> str:
     return str(tokenizer.to_str())
 
 
+@cache
+def cut_as(name: str) -> str:
+    """A small vocabulary trained on text cut in the way that llama.cpp calls so."""
+    tokenizer = Tokenizer.from_str(json.dumps(_empty(name)))
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return _finish(_trained(tokenizer, 700, initial_alphabet=alphabet, special_tokens=CONTROLS))
+
+
+def _empty(name: str) -> dict[str, Any]:
+    described = json.loads(Tokenizer(models.BPE(ignore_merges=CUTS[name].whole_words)).to_str())
+    return described | {
+        "normalizer": {"type": "NFC"} if CUTS[name].composes else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": CUTS[name].steps},
+    }
+
+
 def _bytes() -> list[str]:
     return [f"<0x{number:02X}>" for number in range(256)]
 
@@ -143,6 +161,30 @@ def metaspace(scheme: str = "first") -> str:
     return _finish(_trained(tokenizer, 600, special_tokens=[*CONTROLS[:3], *_bytes()]), rstrip=True)
 
 
+SPACES = [*("▁" * length for length in range(2, 9)), "\n\n"]
+
+
+@cache
+def gemma() -> str:
+    """SentencePiece in Gemma's form: no space in front, and runs of spaces among the added tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    # Nothing that is learnt merges within a run of spaces or lines, or across it.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁(?=▁)|(?<=▁)▁|\n"), "isolated")
+    replace = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse()])
+    _trained(tokenizer, 700, special_tokens=[*CONTROLS[:3], *_bytes()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in SPACES])
+    described = json.loads(_finish(tokenizer))
+    # They are merged before anything else, the short ones first.
+    model, added = described["model"], {t["content"]: t["id"] for t in described["added_tokens"]}
+    model["vocab"] |= {token: added[token] for token in SPACES}
+    runs = [[run[:i], run[i:]] for run in SPACES for i in range(1, len(run))]
+    model["merges"] = runs + [pair for pair in model["merges"] if pair not in runs]
+    return json.dumps(described, ensure_ascii=False)
+
+
 def _fuse() -> Any:
     replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     return decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
@@ -156,6 +198,7 @@ KINDS = {
     "metaspace first": metaspace,
     "metaspace always": lambda: metaspace("always"),
     "metaspace never": lambda: metaspace("never"),
+    "gemma": gemma,
 }
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -176,6 +219,41 @@ def gguf_byte_level(pre: str = "smollm", text: str | None = None) -> dict[str, A
         "tokenizer.ggml.bos_token_id": vocabulary["<s>"],
         "tokenizer.ggml.eos_token_id": vocabulary["</s>"],
         "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def vocabulary_of(text: str) -> dict[str, Any]:
+    """The metadata that llama.cpp's converter writes for a tokenizer.json with byte fallback.
+
+    A pair that merges sooner scores higher; tokens of the user's are written with their spaces.
+    """
+    described = json.loads(text)
+    vocabulary, added = described["model"]["vocab"], {t["id"]: t for t in described["added_tokens"]}
+    names = {number: token for token, number in vocabulary.items()}
+    names |= {number: t["content"] for number, t in added.items()}
+    rank = {"".join(pair): -float(n) for n, pair in reversed(list(enumerate(described["model"]["merges"])))}
+
+    def kind(number: int) -> int:
+        if number in added:
+            return CONTROL if added[number]["special"] else USER_DEFINED
+        return BYTE if names[number].startswith("<0x") else NORMAL
+
+    ordered = [names[number] for number in range(len(names))]
+    kinds = [UNKNOWN if token == "<unk>" else kind(n) for n, token in enumerate(ordered)]
+    plain = [
+        token.replace("▁", " ") if kind == USER_DEFINED else token
+        for token, kind in zip(ordered, kinds, strict=True)
+    ]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": plain,
+        "tokenizer.ggml.scores": [rank.get(token, -1e6) for token in ordered],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": ordered.index("<s>"),
+        "tokenizer.ggml.eos_token_id": ordered.index("</s>"),
+        "tokenizer.ggml.unknown_token_id": ordered.index("<unk>"),
+        "tokenizer.ggml.add_space_prefix": False,
     }
 
 

@@ -20,16 +20,21 @@ from data.hard_strings import (
     SPELLED,
     WORDS,
     byte_level,
+    cut_as,
+    gemma,
     gguf_byte_level,
     gguf_sentence_piece,
     llama3_like,
     prepend,
     sentence_piece,
+    vocabulary_of,
 )
+from gguf_files import write_vocabulary
 from lorimer.bases.open import open_base
 from lorimer.bases.store import kept_path
+from lorimer.data.cuts import CUTS
 from lorimer.data.tokenizer import Piece, Tokenizer
-from lorimer.data.vocabulary import PRE_TOKENIZERS
+from lorimer.data.vocabulary import NORMAL
 from lorimer.errors import BaseError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "smollm2_ids.json"
@@ -121,31 +126,73 @@ def test_sentencepiece_puts_a_space_after_a_control_token_as_llama_cpp_does() ->
         ("gpt-2", "a 2024x I'LL\n\n b", ["a", "Ġ2024", "x", "ĠI", "'", "LL", "ĊĊ", "Ġb"]),
         ("smollm", "a 2024x", ["a", "Ġ", "2", "0", "2", "4", "x"]),
         ("smollm", "½٣", ["Â½", "Ù£"]),
+        ("olmo", "e\u0301 2024", ["Ã©", "Ġ2024"]),
+        ("command-r", "e\u0301 24", ["Ã©", "Ġ", "2", "4"]),
+        ("refact", "a 24", ["a", "Ġ", "2", "4"]),
+        ("stablelm2", "e\u0301'S 24", ["Ã©", "'S", "Ġ", "2", "4"]),
+        ("deepseek-r1-qwen", "e\u0301", ["e", "Ìģ"]),
+        ("dbrx", "x2024'LL \n b", ["x", "202", "4", "'LL", "ĠĊ", "Ġb"]),
+        ("tekken", "camelCase24 HTMLx/\n don't", ["camel", "Case", "2", "4", "ĠHTMLx", "/Ċ", "Ġdon", "'t"]),
+        ("gpt-4o", "camelCase2024 I'LL don't", ["camel", "Case", "202", "4", "ĠI'LL", "Ġdon't"]),
+        ("falcon", "a,b 12345 x== y", ["a", ",", "b", "Ġ", "123", "45", "Ġx", "==", "Ġy"]),
+        ("default", "a,b 12345 x== y", ["a", ",", "b", "Ġ", "123", "45", "Ġx", "==", "Ġy"]),
+        ("deepseek-llm", "The 2024年! é", ["The", "Ġ", "2", "0", "2", "4", "å¹´", "!", "ĠÃ©"]),
+        ("deepseek-coder", "The 20+!\n日本", ["The", "Ġ", "2", "0", "+", "!", "Ċ", "æĹ¥æľ¬"]),
+        ("deepseek-v3", ".foo 2024年a!!\n", [".foo", "Ġ", "202", "4", "å¹´", "a", "!!Ċ"]),
         ("llama-bpe", "a 2024x I'LL\n\n b", ["a", "Ġ", "202", "4", "x", "ĠI", "'LL", "ĊĊ", "Ġb"]),
         ("qwen2", "a 2024x", ["a", "Ġ", "2", "0", "2", "4", "x"]),
     ],
 )
 def test_each_name_of_a_splitting_cuts_as_its_models_do(pre: str, text: str, pieces: list[str]) -> None:
     backend = reference(Tokenizer.from_gguf(gguf_byte_level(pre)).to_json())
+    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
-@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+@pytest.mark.parametrize("pre", CUTS)
 def test_every_known_splitting_loads_and_keeps_the_text(pre: str) -> None:
     tokenizer = Tokenizer.from_gguf(gguf_byte_level(pre))
     for text in PLAIN:
-        if pre not in QWEN_NAMES:  # its normaliser composes characters
+        if not CUTS[pre].composes:
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-QWEN_NAMES = [name for name, steps in PRE_TOKENIZERS.items() if steps is PRE_TOKENIZERS["qwen2"]]
+def random_texts(count: int) -> list[str]:
+    """Letters of many scripts, digits, signs and spaces in any order."""
+    rng = random.Random(9)
+    letters = [
+        *"aAbZ zé1 2٣½²½\n\t\r.,'!?-_$+^`|~{}",
+        "'s",
+        "'LL",
+        "  ",
+        "\r\n",
+        "日本",
+        "ـم",
+        "ἕ",
+        "ß",
+        "Ǆ",
+        "e\u0301",
+    ]
+    return ["".join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_a_vocabulary_written_as_a_gguf_file_gives_the_ids_it_had(pre: str, tmp_path: Path) -> None:
+    """By the gguf package's writer, in the form of llama.cpp's converter."""
+    base = open_base(write_vocabulary(tmp_path / "v.gguf", gguf_byte_level(pre, cut_as(pre))))
+    tokenizer, backend = Tokenizer.from_base(base), reference(cut_as(pre))
+    for text in HARD + random_texts(100):
+        assert tokenizer.encode(text) == ids_of(backend, text), text
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"tokenizer.ggml.pre": "whatever"}, "`whatever`"),
+        ({"tokenizer.ggml.pre": None}, "does not say how it cuts text"),
         ({"tokenizer.ggml.model": "rwkv"}, "`rwkv`"),
+        ({"tokenizer.ggml.model": "t5"}, r"`t5` \(SentencePiece unigram\) is not supported"),
+        ({"tokenizer.ggml.model": "bert"}, r"`bert` \(WordPiece\) is not supported"),
         ({"tokenizer.ggml.tokens": []}, "no vocabulary"),
         ({"tokenizer.ggml.merges": ["nothing-to-join"]}, "cannot be read"),
         ({"tokenizer.ggml.merges": ["qqqqq zzzzz"]}, "cannot be read"),
@@ -178,6 +225,7 @@ def test_a_role_with_an_id_outside_the_vocabulary_is_no_token(number: Any) -> No
         (gguf_byte_level("gpt-2") | {"tokenizer.ggml.add_bos_token": True}, True),
         ({k: v for k, v in gguf_byte_level("llama-bpe").items() if "add_bos" not in k}, True),
         ({k: v for k, v in gguf_byte_level("smollm").items() if "add_bos" not in k}, False),
+        ({k: v for k, v in gguf_byte_level("tekken").items() if "add_bos" not in k}, True),
         (gguf_sentence_piece(sentence_piece()), True),
         (gguf_sentence_piece(sentence_piece()) | {"tokenizer.ggml.add_bos_token": False}, False),
     ],
@@ -193,6 +241,62 @@ def test_a_vocabulary_from_gguf_adds_bos_here_and_where_it_is_saved(
     begin = [tokenizer.bos_id] if adds else []
     assert tokenizer.adds_bos is adds
     assert AutoTokenizer.from_pretrained(tmp_path).encode("a") == begin + tokenizer.encode("a")
+
+
+def test_a_vocabulary_from_gguf_adds_eos_where_it_is_saved(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer.from_gguf(gguf_byte_level("gpt-2") | {"tokenizer.ggml.add_eos_token": True})
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("a") == [*tokenizer.encode("a"), tokenizer.eos_id]
+
+
+def test_a_file_older_than_the_names_is_cut_as_its_architecture_was() -> None:
+    unnamed = gguf_byte_level("olmo") | {"tokenizer.ggml.pre": None, "general.architecture": "gptneox"}
+    named = Tokenizer.from_gguf(gguf_byte_level("olmo"))
+    assert Tokenizer.from_gguf(unnamed).to_json() == named.to_json()
+    with pytest.raises(BaseError, match="does not say how it cuts text"):
+        Tokenizer.from_gguf(unnamed | {"general.architecture": "llama"})
+
+
+def test_a_sentencepiece_file_without_roles_has_those_of_llama() -> None:
+    metadata = gguf_sentence_piece(sentence_piece())
+    bare = {key: value for key, value in metadata.items() if not key.endswith("_token_id")}
+    tokenizer = Tokenizer.from_gguf(bare)
+    assert (tokenizer.token_text("unk"), tokenizer.bos_id, tokenizer.eos_id) == ("<unk>", 1, 2)
+
+
+def test_runs_of_spaces_among_the_users_tokens_are_found_in_the_text() -> None:
+    """llama.cpp keeps Gemma's as spaces, and takes the longest."""
+    metadata = vocabulary_of(gemma())
+    tokens = metadata["tokenizer.ggml.tokens"]
+    tokenizer, backend = Tokenizer.from_gguf(metadata), reference(gemma())
+    spaces, lines = tokens.index(" " * 8), tokens.index("\n\n")
+    assert tokenizer.encode("a" + " " * 8 + "\n\n") == [tokens.index("a"), spaces, lines]
+    assert spaces == backend.token_to_id("▁" * 8)
+    assert not tokenizer.is_special(spaces)
+    assert tokenizer.decode([spaces, lines]) == " " * 8 + "\n\n"
+
+
+def test_phi_3s_markers_take_the_spaces_behind_them() -> None:
+    metadata = gguf_sentence_piece(sentence_piece())
+    plain, phi = (Tokenizer.from_gguf(metadata | {"general.architecture": a}) for a in ("llama", "phi3"))
+    assert phi.encode("<|im_end|>  a") == phi.encode("<|im_end|>a") != plain.encode("<|im_end|>  a")
+    assert phi.encode("<s> a") == plain.encode("<s> a")
+
+
+def test_merges_of_a_sentencepiece_vocabulary_may_be_given() -> None:
+    """Gemma 4's kind: the merges of a tokenizer.json in place of scores."""
+    given = vocabulary_of(gemma()) | {"tokenizer.ggml.model": "gemma4"}
+    given["tokenizer.ggml.merges"] = [" ".join(pair) for pair in json.loads(gemma())["model"]["merges"]]
+    for number, token in enumerate(given["tokenizer.ggml.tokens"]):
+        if token.isspace():  # its runs of spaces are ordinary tokens
+            given["tokenizer.ggml.tokens"][number] = token.replace(" ", "▁")
+            given["tokenizer.ggml.token_type"][number] = NORMAL
+    tokenizer, backend = Tokenizer.from_gguf(given), reference(gemma())
+    for text in PLAIN:
+        assert tokenizer.encode(text) == ids_of(backend, text), text
 
 
 # Control tokens.

@@ -15,13 +15,14 @@ from data.hard_strings import (
     PLAIN,
     SPELLED,
     byte_level,
+    cut_as,
     gguf_byte_level,
     gguf_sentence_piece,
-    llama3_like,
     sentence_piece,
 )
+from lorimer.data.cuts import CUTS
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.data.vocabulary import PRE_TOKENIZERS, UNUSED, tokenizer_json
+from lorimer.data.vocabulary import UNUSED, tokenizer_json
 from lorimer.errors import BaseError
 from lorimer.export import vocabulary
 from lorimer.export.vocabulary import end_of_turn, space_note, vocabulary_entries
@@ -32,13 +33,13 @@ def again(tokenizer: Tokenizer, rows: int | None = None) -> tuple[Tokenizer, dic
     return Tokenizer.from_gguf(made), made
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("name", CUTS)
 def test_byte_level_vocabularies_give_the_same_ids(name: str) -> None:
-    text = llama3_like() if name == "llama-bpe" else byte_level()
-    before = Tokenizer(tokenizer_json(gguf_byte_level(name, text)), CONFIG)
+    before = Tokenizer(tokenizer_json(gguf_byte_level(name, cut_as(name))), CONFIG)
     after, made = again(before)
-    assert made["tokenizer.ggml.pre"] == name
-    assert PRE_TOKENIZERS[made["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[name]
+    found = CUTS[made["tokenizer.ggml.pre"]]
+    assert found.steps == CUTS[name].steps
+    assert (found.composes, found.whole_words) == (CUTS[name].composes, CUTS[name].whole_words)
     for line in HARD:
         assert after.encode(line) == before.encode(line), line
         assert after.encode_content(line) == before.encode_content(line), line
@@ -60,11 +61,15 @@ def test_a_sentencepiece_vocabulary_gives_its_own_ids(prefix: bool) -> None:
         assert after.encode(line) == before.encode(line), line
 
 
-@pytest.mark.parametrize("kind", ["byte level", "llama 3", "prepend", "metaspace first", "metaspace never"])
+@pytest.mark.parametrize(
+    "kind", ["byte level", "llama 3", "prepend", "metaspace first", "metaspace never", "gemma"]
+)
 def test_a_tokenizer_json_gives_the_same_ids_or_is_refused(kind: str) -> None:
     before = Tokenizer(KINDS[kind](), CONFIG)
     after, made = again(before)
     for line in PLAIN + NUMERIC:
+        if kind == "gemma" and "▁" in line:
+            continue  # llama.cpp looks for runs of spaces alone
         if kind != "metaspace first" or not line.startswith((" ", "▁")):
             assert after.encode_content(line) == before.encode_content(line), line
     for role in ("bos", "eos", "unk"):

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from lorimer.bases.open import BaseFiles
-from lorimer.data.vocabulary import adds_bos, tokenizer_json
+from lorimer.data.vocabulary import adds_bos, adds_eos, role_id, tokenizer_json
 from lorimer.errors import BaseError
 
 Json = dict[str, Any]
@@ -53,8 +53,9 @@ class Tokenizer:
         self._added = {
             t["content"]: t
             for t in described.get("added_tokens", [])
-            # Bytes that are listed as added tokens must keep the names that byte fallback looks up.
-            if t["content"].strip() and not (falls_back and BYTE_NAME.fullmatch(t["content"]))
+            # Runs of spaces are text, however they are written. Bytes that are listed as added tokens must
+            # keep the names that byte fallback looks up.
+            if t["content"].strip().strip("▁") and not (falls_back and BYTE_NAME.fullmatch(t["content"]))
         }
         self.byte_ids = _byte_ids(described) if falls_back else frozenset()
         self._nonce = secrets.token_hex(8)
@@ -109,8 +110,8 @@ class Tokenizer:
         text, tokens = tokenizer_json(metadata), metadata["tokenizer.ggml.tokens"]
 
         def token(role: str) -> str | None:
-            number = metadata.get(f"tokenizer.ggml.{role}_token_id")
-            return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
+            number = role_id(metadata, role)
+            return None if number is None else tokens[number]
 
         config = {
             "bos_token": token("bos"),
@@ -118,6 +119,7 @@ class Tokenizer:
             "unk_token": token("unknown"),
             "pad_token": token("padding"),
             "add_bos_token": adds_bos(metadata),
+            "add_eos_token": adds_eos(metadata),
         }
         return cls(text, config)
 
@@ -251,7 +253,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """What to save beside a model so that other tools read the same tokenizer."""
-        keep = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token")
+        keep = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token")
         config = {key: self.config[key] for key in keep if self.config.get(key) is not None}
         config |= {"tokenizer_class": LIBRARY_CLASS, "clean_up_tokenization_spaces": False}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -10,17 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorimer.data.cuts import CUTS
 from lorimer.data.tokenizer import BYTE_NAME, Json, Tokenizer
-from lorimer.data.vocabulary import (
-    BYTE,
-    CONTROL,
-    LLAMA3,
-    NORMAL,
-    QWEN2,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-)
+from lorimer.data.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from lorimer.errors import BaseError
 
 # Texts whose ids show a wrong splitting, merge order, digit rule, space rule or byte fallback.
@@ -61,6 +53,8 @@ def vocabulary_entries(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         if number is not None:
             made[f"tokenizer.ggml.{theirs}_token_id"] = number
     made["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos
+    if tokenizer.config.get("add_eos_token"):
+        made["tokenizer.ggml.add_eos_token"] = True
     _check(tokenizer, made)
     return made
 
@@ -90,11 +84,10 @@ def _byte_level(described: Json) -> dict[str, Any]:
     normalizers = [step["type"] for step in _steps(described.get("normalizer"), "normalizers")]
     cut = [_cut(step) for step in steps]
     whole_words = bool(described["model"].get("ignore_merges"))
+    # Where several names have the same form, the first in the table stands for all.
     known = {
-        ((), ("bytes+split",), False): "gpt-2",
-        ((), ("digits", "bytes+split"), False): "smollm",
-        ((), (LLAMA3, "bytes"), True): "llama-bpe",
-        (("NFC",), (QWEN2, "bytes"), False): "qwen2",
+        (("NFC",) if cut.composes else (), tuple(map(_cut, cut.steps)), cut.whole_words): name
+        for name, cut in reversed(CUTS.items())
     }
     name = known.get((tuple(normalizers), tuple(cut), whole_words))
     if name is None:
@@ -107,8 +100,10 @@ def _cut(step: Json) -> str:
     kind = step["type"]
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return "bytes+split" if step.get("use_regex", True) else "bytes"
-    if kind == "Digits" and step.get("individual_digits"):
-        return "digits"
+    if kind == "Digits":
+        return "digits" if step.get("individual_digits") else "runs of digits"
+    if kind == "Punctuation" and step.get("behavior") == "Contiguous":
+        return "punctuation"
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         return str(step["pattern"].get("Regex"))
     return f"unknown {kind}"
@@ -122,6 +117,8 @@ def _sentence_piece(described: Json) -> dict[str, Any]:
             raise _refused(f"llama.cpp has no {step['type']} before its SentencePiece")
         prefix |= step["type"] == "Prepend"
     for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "Split" and step["pattern"] == {"String": " "} and _replaces_spaces(described):
+            continue  # Gemma's, which finds none any more
         if step["type"] != "Metaspace":
             raise _refused(f"llama.cpp has no {step['type']} in its SentencePiece")
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
@@ -133,18 +130,27 @@ def _sentence_piece(described: Json) -> dict[str, Any]:
     }
 
 
+def _replaces_spaces(described: Json) -> bool:
+    steps = _steps(described.get("normalizer"), "normalizers")
+    return any(step["type"] == "Replace" and step["pattern"] == {"String": " "} for step in steps)
+
+
 def _tokens(described: Json, rows: int) -> tuple[list[str], list[int]]:
     """Text and type of each id; ids that the tokenizer leaves out are named and marked unused."""
     model = described["model"]
     names = {number: token for token, number in model["vocab"].items()}
     added = {token["id"]: token for token in described.get("added_tokens", [])}
-    names |= {number: token["content"] for number, token in added.items()}
+    falls_back = bool(model.get("byte_fallback"))
+    names |= {
+        # llama.cpp looks for these in the text before it writes spaces as lines.
+        number: text["content"].replace("▁", " ") if falls_back and not text["special"] else text["content"]
+        for number, text in added.items()
+    }
     if max(names) >= rows:
         raise _refused(f"it has ids up to {max(names):,}, the model {rows:,} rows for them")
     tokens = [names.get(number, f"[PAD{number}]") for number in range(rows)]
     if len(set(tokens)) != len(tokens):
         raise _refused("two of its ids have the same text")
-    falls_back = bool(model.get("byte_fallback"))
 
     def kind(number: int, token: str) -> int:
         if number not in names:
