@@ -33,6 +33,20 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
 
 
+@pytest.mark.trap(56)
+@pytest.mark.parametrize(
+    "name", [name for name, (_, changes) in CASES.items() if "rope_parameters" in changes]
+)
+def test_four_times_the_context(name: str, tmp_path: Path) -> None:
+    """The last of 256 positions, of a model made for 64, with every scaling of positions."""
+    family, changes = CASES[name]
+    tiny = make_tiny(tmp_path, family, **changes)
+    row = random_rows([256])[0]
+    mine, theirs = our_logits(tiny.decoder, [row])[0], hf_logits(tiny.hf, row)
+    assert difference(mine, theirs) < 1e-4
+    assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
+
+
 @pytest.mark.trap(17)
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_a_pack_never_see_each_other(name: str, tmp_path: Path) -> None:
