@@ -92,10 +92,6 @@ TRAPS = {
 }
 WITHOUT = {
     25: "does not apply: tokens are never cached",
-    37: "does not apply: no architecture that is read has transposed weights",
-    38: "does not apply: no architecture that is read has fused weights",
-    39: "does not apply: no architecture that is read has experts",
-    42: "does not apply: no architecture that is read scales its embedding",
     43: "does not apply: tokens cannot be added",
 }
 

@@ -173,6 +173,26 @@ PLANTS = (
         '    found = {way: _compare(model, "original", dtype, examples) for way in WAYS}\n',
     ),
     Plant(
+        (37,), "a transposed weight is written as it is computed", "lora/merge.py",
+        "tensor.t().contiguous() if is_transposed(spec, name) else tensor", "tensor",
+    ),
+    Plant(
+        (38,), "rows of a fused weight go to files in the stack's order", "lora/layers.py",
+        "tensor if order is None else tensor.index_select(0, order.argsort())", "tensor",
+    ),
+    Plant(
+        (38,), "gate and up of an expert get the gate's update", "lora/merge.py",
+        ".chunk(parts)[part]", ".chunk(parts)[0]",
+    ),
+    Plant(
+        (39,), "experts' updates find no weight, and nobody asks", "lora/merge.py",
+        "    lost = sorted(set(adapter.tensors) - used - tied)", "    lost = list[str]()",
+    ),
+    Plant(
+        (42,), "a trained embedding is not scaled", "model/decoder.py",
+        "if spec.embedding_scale != 1.0:", "if spec.embedding_scale != 1.0 and self.embedding.trained is None:",
+    ),
+    Plant(
         (53,), "the update is added in the written type", "lora/merge.py",
         "        value = trained_weight(base, spec, name, quant).float()\n        merged",
         "        value = trained_weight(base, spec, name, quant).to(dtype)\n        merged",

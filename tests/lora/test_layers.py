@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lorimer.bases.open import open_base
 from lorimer.config import LoraConfig, TrainConfig
 from lorimer.data.pack import make_pack, split_into_packs
 from lorimer.errors import ConfigError
@@ -19,6 +21,7 @@ from lorimer.lora.adapter import new_adapter
 from lorimer.lora.layers import MASKS, Adapter, LoraDropout, remove
 from lorimer.lora.stacked import unstack
 from lorimer.model.decoder import Decoder
+from lorimer.model.load import load_decoder
 from lorimer.model.loss import pack_loss, pack_losses
 from lorimer.train.optimizer import AdamW
 from lorimer.train.step import train_step
@@ -99,11 +102,13 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt_neox, LayerNorms": ("gpt_neox", {}, {"r": 2, "modules_to_save": ["input_layernorm"]}),
     "gemma2, norms": ("gemma2", {}, {"r": 2, "modules_to_save": ["post_attention_layernorm", "norm"]}),
     "olmo2, norms": ("olmo2", {}, {"r": 2, "modules_to_save": ["q_norm", "post_feedforward_layernorm"]}),
+    "gemma, embedding": ("gemma", {}, {"r": 2, "modules_to_save": ["embed_tokens"]}),
     "gpt2, positions": ("gpt2", {}, {"r": 2, "modules_to_save": ["wpe", "wte"]}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}, {"r": 3, "alpha": 5}),
 } | {family: (family, {}, {"r": 3, "alpha": 5}) for family in FAMILIES if family != "qwen3_moe"}
 
 
+@pytest.mark.trap(42)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_loss_and_gradients_equal_peft(name: str, smoothing: float, tmp_path: Path) -> None:
@@ -140,6 +145,42 @@ def test_loss_and_gradients_equal_peft(name: str, smoothing: float, tmp_path: Pa
         order = adapter.orders.get(key)
         mine = tensor.grad if order is None else tensor.grad.index_select(0, order.argsort())
         assert difference(mine, theirs[key]) < 1e-4, key
+
+
+@pytest.mark.trap(38)
+def test_a_fused_weight_is_its_parts(tmp_path: Path) -> None:
+    """Phi-3 and the same numbers as a Llama: one A for query, key and value, each with its part of B."""
+    shape = {"sliding_window": None, "num_key_value_heads": 2, "head_dim": 6}
+    fused = make_tiny(tmp_path / "fused", "phi3", **shape)
+    make_tiny(tmp_path / "twin", "llama", num_key_value_heads=2, head_dim=6)
+    theirs = fused.hf.state_dict()
+    rows, parts = (
+        {"qkv_proj": (36, 12, 12), "gate_up_proj": (52, 52)},
+        {
+            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            "gate_up_proj": ("gate_proj", "up_proj"),
+        },
+    )
+    split = {}
+    for name, value in theirs.items():
+        kind = name.split(".")[-2]
+        pieces = zip(parts[kind], value.split(rows[kind]), strict=True) if kind in rows else [(kind, value)]
+        split |= {name.replace(kind, part): piece.contiguous() for part, piece in pieces}
+    save_file(split, tmp_path / "twin" / "model.safetensors", {"format": "pt"})
+    decoder = load_decoder(open_base(tmp_path / "twin"), FP32)
+    adapter = adapt(fused, r=3)
+    shake(adapter)
+    other = new_adapter(decoder, LoraConfig(r=3, alpha=4), seed=0)[0]
+    for name, value in adapter.tensors.items():
+        module, kind, _ = name.rsplit(".", 2)
+        last = module.split(".")[-1]
+        own = parts.get(last, (last,))
+        pieces = value.split(rows[last]) if kind == "lora_B" and last in rows else [value] * len(own)
+        for part, piece in zip(own, pieces, strict=True):
+            other.take(f"{module.removesuffix(last)}{part}.{kind}.weight", piece.detach())
+    other.refresh()
+    for mine, twins in zip(our_logits(fused.decoder, ROWS), our_logits(decoder, ROWS), strict=True):
+        assert difference(mine, twins) < 1e-5
 
 
 def test_every_number_lies_in_the_flat_buffer_once(tmp_path: Path) -> None:

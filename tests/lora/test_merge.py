@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lorimer.bases.open import open_base
 from lorimer.config import LoraConfig
-from lorimer.errors import StorageError, UserError
+from lorimer.errors import AdapterError, StorageError, UserError
 from lorimer.lora import merge as merging
 from lorimer.lora.adapter import attach_adapter, new_adapter, read_adapter
 from lorimer.lora.layers import Adapter
@@ -65,6 +65,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 } | {family: (family, {}, {"r": 3, "alpha": 5}) for family in FAMILIES[4:]}
 
 
+@pytest.mark.trap(37)
+@pytest.mark.trap(38)
+@pytest.mark.trap(39)
 @pytest.mark.trap(53)
 @pytest.mark.parametrize("name", CASES)
 def test_merged_equals_live(name: str, tmp_path: Path) -> None:
@@ -75,6 +78,16 @@ def test_merged_equals_live(name: str, tmp_path: Path) -> None:
     assert apart(model, tiny.decoder) < 2e-6
     assert apart(load_decoder(open_base(tmp_path / "out"), FP32), tiny.decoder) < 2e-6
     assert model.config.tie_word_embeddings is tiny.hf.config.tie_word_embeddings
+
+
+@pytest.mark.trap(39)
+def test_a_tensor_that_finds_no_weight_is_an_error(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "base", "mixtral")
+    adapter = adapted(tiny, r=2)
+    adapter.tensors["model.layers.9.mlp.experts.0.down_proj.lora_A.weight"] = torch.ones(2, 52)
+    with pytest.raises(AdapterError, match=r"1 tensors of the adapter change no weight.*layers\.9"):
+        merged(tiny, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.trap(41)

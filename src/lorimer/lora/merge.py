@@ -22,7 +22,7 @@ from lorimer.bases.gguf import TensorEntry
 from lorimer.bases.mapped import Bytes
 from lorimer.bases.open import BaseFiles
 from lorimer.config import QuantConfig
-from lorimer.errors import UserError
+from lorimer.errors import AdapterError, UserError
 from lorimer.lora.layers import LoraSpec
 from lorimer.model.load import NOT_QUANTISED, stored_shape, trained_weight
 from lorimer.model.order import adapted_module, is_transposed
@@ -146,10 +146,12 @@ def merged_tensors(
 
     `counts` gains how many weights were `adapted`, and how many of their `numbers` stayed the `same`.
     """
+    used: set[str] = set()
     for name in _weights(base):
         value = trained_weight(base, spec, name, quant).float()
         merged = _update(spec, name, value, adapter)
         if merged is not None:
+            used |= _tensors_of(spec, name)
             counts["adapted"] += 1
             counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
             counts["numbers"] += value.numel()
@@ -159,7 +161,22 @@ def merged_tensors(
         trained = adapter.for_files(head) if head in adapter.tensors else None
         embedding = embedding_name(spec)
         value = trained_weight(base, spec, embedding, quant) if trained is None else trained
+        used.add(head)
         yield head, value.to(dtype).contiguous()
+    tied = {head_name(spec)} if spec.tied_head and embedding_name(spec) in adapter.tensors else set()
+    lost = sorted(set(adapter.tensors) - used - tied)
+    if lost:
+        raise AdapterError(
+            f"{len(lost)} tensors of the adapter change no weight of this base, the first `{lost[0]}`",
+            fix="Merge into the base that it was trained on.",
+            path=base.path,
+        )
+
+
+def _tensors_of(spec: ModelSpec, name: str) -> set[str]:
+    """What of an adapter may change a weight."""
+    module = adapted_module(spec, name)[0]
+    return {name, f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
 
 
 def embedding_name(spec: ModelSpec) -> str:

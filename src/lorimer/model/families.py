@@ -11,23 +11,21 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any
 
 from lorimer.errors import BaseError
-from lorimer.model.spec import Activation, ExpertSpec, ModelSpec, Names, RopeKind, RopeSpec
-
-Config = dict[str, Any]
-ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
-# Configs' names of activations.
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
+from lorimer.model.config import (
+    ACTIVATIONS,
+    Config,
+    all_windows,
+    check_sizes,
+    make_spec,
+    qwen_windows,
+    read_rope,
+    windows_by_kind,
+    with_defaults,
+)
+from lorimer.model.spec import ExpertSpec, ModelSpec, Names
 
 
 class NotNative(ValueError):
@@ -37,24 +35,24 @@ class NotNative(ValueError):
 def llama(config: Config) -> ModelSpec:
     """Llama 1 to 3 and all that share its shape (SmolLM2, TinyLlama, Yi, DeepSeek-LLM)."""
     bias = bool(config.get("attention_bias", False))
-    return _spec(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))
+    return make_spec(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))
 
 
 def mistral(config: Config) -> ModelSpec:
     """Llama with a sliding window on every layer."""
-    return _spec(config, windows=_all_windows(config, config.get("sliding_window")))
+    return make_spec(config, windows=all_windows(config, config.get("sliding_window")))
 
 
 def qwen2(config: Config) -> ModelSpec:
     """Llama with biases on query, key and value; the upper layers may have a window."""
-    return _spec(config, qkv_bias=True, windows=_qwen_windows(config))
+    return make_spec(config, qkv_bias=True, windows=qwen_windows(config))
 
 
 def qwen3(config: Config) -> ModelSpec:
     """Query and key are normed for each head; no biases unless the config says so."""
     bias = bool(config.get("attention_bias", False))
-    windows = _qwen_windows(config)
-    return _spec(config, qkv_bias=bias, output_bias=bias, qk_norm="head", head_dim=128, windows=windows)
+    windows = qwen_windows(config)
+    return make_spec(config, qkv_bias=bias, output_bias=bias, qk_norm="head", head_dim=128, windows=windows)
 
 
 def qwen3_moe(config: Config) -> ModelSpec:
@@ -89,7 +87,7 @@ def mixtral(config: Config) -> ModelSpec:
 
 def gemma(config: Config) -> ModelSpec:
     """Norms add one to their weights, embeddings are scaled, the gate is a GELU."""
-    return _spec(config, **_gemma(config))
+    return make_spec(config, **_gemma(config))
 
 
 def gemma2(config: Config) -> ModelSpec:
@@ -99,11 +97,11 @@ def gemma2(config: Config) -> ModelSpec:
         "sliding_attention" if layer % 2 == 0 else "full_attention"
         for layer in range(int(config["num_hidden_layers"]))
     ]
-    return _spec(
+    return make_spec(
         config,
         **_gemma(config),
         **_query_scale(config),
-        windows=_windows_by_kind(kinds, config.get("sliding_window", 4096)),
+        windows=windows_by_kind(kinds, config.get("sliding_window", 4096)),
         score_cap=float(config.get("attn_logit_softcapping") or 0.0),
         logit_cap=float(config.get("final_logit_softcapping") or 0.0),
         names=SANDWICH,
@@ -122,25 +120,25 @@ def gemma3(config: Config) -> ModelSpec:
     shared = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling", "rope_theta")}
     whole = whole or {"rope_theta": config.get("rope_theta", 1e6)} | (config.get("rope_scaling") or {})
     local = local or {"rope_theta": config.get("rope_local_base_freq", 1e4)}
-    spec = _spec(
+    spec = make_spec(
         shared | {"rope_parameters": whole},
         **_gemma(config),
         **_query_scale(config),
-        windows=_windows_by_kind(kinds, config.get("sliding_window", 4096)),
+        windows=windows_by_kind(kinds, config.get("sliding_window", 4096)),
         turns=tuple(1 if kind == "sliding_attention" else 0 for kind in kinds),
         score_cap=float(config.get("attn_logit_softcapping") or 0.0),
         logit_cap=float(config.get("final_logit_softcapping") or 0.0),
         qk_norm="head",
         names=SANDWICH,
     )
-    second = _rope(shared | {"rope_parameters": local}, spec.head_dim, spec.max_positions)
+    second = read_rope(shared | {"rope_parameters": local}, spec.head_dim, spec.max_positions)
     return replace(spec, more_ropes=(second,))
 
 
 def phi3(config: Config) -> ModelSpec:
     """Phi-3 and Phi-4: Llama with query, key and value in one weight, and gate and up in another."""
     names = Names(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",))
-    return _spec(config, windows=_all_windows(config, config.get("sliding_window")), names=names)
+    return make_spec(config, windows=all_windows(config, config.get("sliding_window")), names=names)
 
 
 def smollm3(config: Config) -> ModelSpec:
@@ -149,7 +147,7 @@ def smollm3(config: Config) -> ModelSpec:
     turns = config.get("no_rope_layers") or [int((layer + 1) % step != 0) for layer in range(layers)]
     return replace(
         llama(config),
-        windows=_qwen_windows(config),
+        windows=qwen_windows(config),
         turns=tuple(0 if turns_here else None for turns_here in turns[:layers]),
     )
 
@@ -181,8 +179,8 @@ def cohere(config: Config) -> ModelSpec:
     if config.get("use_qk_norm"):
         raise NotNative("`use_qk_norm` is on: each head's query and key have a norm of their own")
     bias = bool(config.get("attention_bias", False))
-    return _spec(
-        _defaults(config, tie_word_embeddings=True, rope_theta=500_000.0),
+    return make_spec(
+        with_defaults(config, tie_word_embeddings=True, rope_theta=500_000.0),
         norm="layer",
         norm_eps=float(config.get("layer_norm_eps", 1e-5)),
         qkv_bias=bias,
@@ -202,8 +200,8 @@ def cohere2(config: Config) -> ModelSpec:
         for layer in range(int(config["num_hidden_layers"]))
     ]
     return replace(
-        cohere(_defaults(config, rope_theta=10_000.0)),
-        windows=_windows_by_kind(kinds, config.get("sliding_window", 4096)),
+        cohere(with_defaults(config, rope_theta=10_000.0)),
+        windows=windows_by_kind(kinds, config.get("sliding_window", 4096)),
         turns=tuple(0 if kind == "sliding_attention" else None for kind in kinds),
     )
 
@@ -213,8 +211,8 @@ def stablelm(config: Config) -> ModelSpec:
     if config.get("qk_layernorm"):
         raise NotNative("`qk_layernorm` is on: each head's query and key have a norm of their own")
     parallel = bool(config.get("use_parallel_residual", False))
-    return _spec(
-        _defaults(config, partial_rotary_factor=0.25),
+    return make_spec(
+        with_defaults(config, partial_rotary_factor=0.25),
         norm="layer",
         norm_bias=True,
         norm_eps=float(config.get("layer_norm_eps", 1e-5)),
@@ -227,8 +225,8 @@ def stablelm(config: Config) -> ModelSpec:
 def starcoder2(config: Config) -> ModelSpec:
     """LayerNorms, biases everywhere, and a plain GELU between two projections."""
     bias = bool(config.get("use_bias", True))
-    return _spec(
-        _defaults(config, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh"),
+    return make_spec(
+        with_defaults(config, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh"),
         norm="layer",
         norm_bias=True,
         norm_eps=float(config.get("norm_epsilon", 1e-5)),
@@ -236,7 +234,7 @@ def starcoder2(config: Config) -> ModelSpec:
         output_bias=bias,
         mlp_bias=bias,
         gated=False,
-        windows=_all_windows(config, config.get("sliding_window")),
+        windows=all_windows(config, config.get("sliding_window")),
         names=Names(up=("mlp.c_fc",), down="mlp.c_proj"),
     )
 
@@ -255,8 +253,8 @@ def gpt2(config: Config) -> ModelSpec:
         "max_position_embeddings": positions,
         "hidden_act": config.get("activation_function", "gelu_new"),
     }
-    spec = _spec(
-        _defaults(config, tie_word_embeddings=True) | plain,
+    spec = make_spec(
+        with_defaults(config, tie_word_embeddings=True) | plain,
         **_classic(config.get("layer_norm_epsilon", 1e-5)),
         transposed=True,
         learned_positions=positions,
@@ -281,8 +279,8 @@ def gpt_neox(config: Config) -> ModelSpec:
     """GPT-NeoX and Pythia: attention and unit side by side, each behind a norm."""
     share = config.get("rotary_pct", 0.25)
     bias = bool(config.get("attention_bias", True))
-    spec = _spec(
-        _defaults(config, hidden_act="gelu", partial_rotary_factor=share)
+    spec = make_spec(
+        with_defaults(config, hidden_act="gelu", partial_rotary_factor=share)
         | {"rope_theta": config.get("rotary_emb_base", config.get("rope_theta"))}
         | ONE_HEAD_SIZE,
         **_classic(config.get("layer_norm_eps", 1e-5)),
@@ -311,8 +309,8 @@ def opt(config: Config) -> ModelSpec:
     if not config.get("layer_norm_elementwise_affine", True):
         raise NotNative("`layer_norm_elementwise_affine` is off")
     bias = bool(config.get("enable_bias", True))
-    spec = _spec(
-        _defaults(config, tie_word_embeddings=True)
+    spec = make_spec(
+        with_defaults(config, tie_word_embeddings=True)
         | ONE_HEAD_SIZE
         | {
             "intermediate_size": config["ffn_dim"],
@@ -359,8 +357,8 @@ def falcon(config: Config) -> ModelSpec:
     )
     kv_heads = int(config.get("num_kv_heads") or heads) if wide else 1 if multi else heads
     bias = bool(config.get("bias", False))
-    spec = _spec(
-        _defaults(config, tie_word_embeddings=True)
+    spec = make_spec(
+        with_defaults(config, tie_word_embeddings=True)
         | {
             "head_dim": None,
             "num_key_value_heads": kv_heads,
@@ -423,7 +421,7 @@ def read_spec(config: Config, *, path: str) -> ModelSpec:
             path=path,
         )
     try:
-        _check_sizes(config)
+        check_sizes(config)
         return family(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         name = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
@@ -432,87 +430,6 @@ def read_spec(config: Config, *, path: str) -> ModelSpec:
             fix="Check config.json against the model's original.",
             path=path,
         ) from error
-
-
-# The most that a config may say; beyond it is damage, and memory would be asked for by it.
-SIZES = {
-    "vocab_size": 10**8,
-    "hidden_size": 10**6,
-    "n_embd": 10**6,
-    "intermediate_size": 10**7,
-    "moe_intermediate_size": 10**7,
-    "ffn_dim": 10**7,
-    "ffn_hidden_size": 10**7,
-    "n_inner": 10**7,
-    "num_hidden_layers": 10**4,
-    "n_layer": 10**4,
-    "num_attention_heads": 10**5,
-    "n_head": 10**5,
-    "num_key_value_heads": 10**5,
-    "num_kv_heads": 10**5,
-    "num_local_experts": 10**5,
-    "num_experts": 10**5,
-    "head_dim": 10**5,
-    "max_position_embeddings": 10**9,
-    "n_positions": 10**9,
-    "sliding_window": 10**9,
-}
-NUMBERS = (
-    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rope_theta"),
-    *("rope_local_base_freq", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale"),
-    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
-    *("partial_rotary_factor", "rotary_pct", "query_pre_attn_scalar"),
-)
-
-
-def _check_sizes(config: Config) -> None:
-    """Raise ValueError for a size that is no size."""
-    for name, most in SIZES.items():
-        value = config.get(name)
-        if value is None or (name == "sliding_window" and value is False):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
-            raise ValueError(f"`{name}` is {value!r} (wanted: a whole number from 1 to {most:,})")
-    for name in NUMBERS:
-        value = config.get(name)
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
-            raise ValueError(f"`{name}` is {value!r} (wanted: a number from 0)")
-
-
-def _spec(config: Config, *, head_dim: int | None = None, **differs: Any) -> ModelSpec:
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    size = int(config.get("head_dim") or head_dim or hidden // heads)
-    if heads % kv_heads:
-        raise ValueError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
-    positions = int(config.get("max_position_embeddings", 2048))
-    named = config.get("hidden_activation") or config.get("hidden_act", "silu")
-    if named not in ACTIVATIONS:
-        raise ValueError(f"the activation `{named}` is not known (known: {', '.join(ACTIVATIONS)})")
-    given: dict[str, Any] = {
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "rope": _rope(config, size, positions),
-        "tied_head": bool(config.get("tie_word_embeddings", False)),
-        "activation": ACTIVATIONS[named],
-    }
-    return ModelSpec(
-        family=str(config["model_type"]),
-        vocab_size=int(config["vocab_size"]),
-        hidden_size=hidden,
-        intermediate_size=int(config["intermediate_size"]),
-        layers=int(config["num_hidden_layers"]),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=size,
-        max_positions=positions,
-        **(given | differs),
-    )
-
-
-def _defaults(config: Config, **values: Any) -> Config:
-    """The config with what this architecture means where it says nothing."""
-    return values | {name: value for name, value in config.items() if value is not None}
 
 
 def _gemma(config: Config) -> dict[str, Any]:
@@ -542,42 +459,3 @@ def _chosen(config: Config, count: int) -> int:
     if not 1 <= chosen <= max(1, count):
         raise ValueError(f"`num_experts_per_tok` is {chosen} (wanted: 1 to the {count} experts)")
     return chosen
-
-
-def _rope(config: Config, head_dim: int, positions: int) -> RopeSpec:
-    """Both spellings: `rope_parameters` of newer configs, `rope_theta` + `rope_scaling` of older ones."""
-    settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    named = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
-    settings.pop("type", None)
-    kind = next((kind for kind in ROPE_KINDS if kind == named), None)
-    if kind is None:
-        raise ValueError(f"the rope scaling `{named}` is not known (known: {', '.join(ROPE_KINDS)})")
-    theta = settings.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
-    share = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    original = config.get("original_max_position_embeddings")
-    if original is not None:
-        settings["original_max_position_embeddings"] = original
-    elif kind in ("llama3", "yarn", "longrope"):
-        settings.setdefault("original_max_position_embeddings", positions)
-    return RopeSpec(float(theta), int(head_dim * share), kind, positions, settings)
-
-
-def _all_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
-    return (window,) * int(config["num_hidden_layers"]) if window else ()
-
-
-def _windows_by_kind(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _qwen_windows(config: Config) -> tuple[int | None, ...]:
-    """Layers named `sliding_attention`, else those from `max_window_layers` up, if windows are on."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    if not window:
-        return ()
-    layers = int(config["num_hidden_layers"])
-    kinds = cast("list[str] | None", config.get("layer_types"))
-    if kinds:
-        return _windows_by_kind(kinds, window)
-    first = int(config.get("max_window_layers", 28))
-    return tuple(window if layer >= first else None for layer in range(layers))
