@@ -15,6 +15,7 @@ help:
 	@echo "make memory      24 runs: planned against measured peak memory"
 	@echo "make crashes     some 500 kills and 1,700 disk faults, each run resumed and compared: 80 minutes"
 	@echo "make plants      classic bugs put back one at a time: do the tests turn red? 20 minutes"
+	@echo "make templates   1,000 random chats for each of 41 chat templates: what training makes, what inference feeds"
 	@echo "make mutations   10,000 damaged inputs: one message each, no traceback; an hour"
 	@echo "make docs        write the generated pages of docs/ anew"
 	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
@@ -53,6 +54,9 @@ crashes: $(VENV)/.installed-test
 
 plants: $(VENV)/.installed-test
 	$(RUN)/python tests/plants.py
+
+templates: $(VENV)/.installed-test
+	$(RUN)/python tests/data/chat_campaign.py
 
 mutations: $(VENV)/.installed-test
 	$(RUN)/python tests/crash/mutate.py
@@ -106,4 +110,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 clean:
 	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .venv-llamacpp .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help quickstart test bench bench-all large memory crashes plants mutations llamacpp docs sanitize clean
+.PHONY: help quickstart test bench bench-all large memory crashes plants templates mutations llamacpp docs sanitize clean

@@ -47,8 +47,8 @@ PLANTS = (
     ),
     Plant(
         (4,), "inference feeds no generation prompt", "data/template.py",
-        "text = self._render_hidden(messages, tools, generation=True)\n        starts",
-        "text = self._render_hidden(messages, tools, generation=False)\n        starts",
+        "text = chat.first_text(len(messages), generation=True)\n        starts",
+        "text = chat.first_text(len(messages), generation=False)\n        starts",
     ),
     Plant(
         (5,), "a prompt that the whole chat does not keep is not noticed", "data/template.py",
@@ -62,11 +62,11 @@ PLANTS = (
     ),
     Plant(
         (7, 8), "the prompt is trained too", "data/template.py",
-        'if train_on == "all":', "if True:",
+        "    flags[:1] = False\n    return Example(np.array", "    flags[1:] = True\n    return Example(np.array",
     ),
     Plant(
         (9, 10, 32), "a row without trained tokens is kept", "data/prepare.py",
-        "if not example.trained.any():", "if False:",
+        "(kept if example.trained.any() else lost).append(example)", "kept.append(example)",
     ),
     Plant(
         (10,), "preflight passes rows without trained tokens", "train/preflight.py",
@@ -122,6 +122,14 @@ PLANTS = (
     Plant(
         (26,), "markers in a message are not hidden", "data/template.py",
         "            return self.tokenizer.hide(text, own_words=own)\n", "            return text\n",
+    ),
+    Plant(
+        (26,), "halves of a marker in two messages become one", "data/tokenizer.py",
+        "                text = body[:-size] + self._alias_of(body[-size:]) + text[len(body) :]\n", "",
+    ),
+    Plant(
+        (5,), "an answer that a longer chat changes is trained as it stands there", "data/template.py",
+        "if end < len(own) and not self.tokenizer.control_spans(text[len(prompt) : end]):", "if False:",
     ),
     Plant(
         (29,), "a chat without an answer is taken", "data/conversation.py",

@@ -217,6 +217,12 @@ def chat(*turns: str) -> Conversation:
     )
 
 
+def only(template: ChatTemplate, conversation: Conversation, train_on: str = "assistant") -> Example:
+    """The one example that a chat becomes."""
+    (example,) = template.examples(conversation, train_on)
+    return example
+
+
 def marked(example: Example, tokenizer: Tokenizer) -> str:
     shown, ids, trained = "", example.ids.tolist(), example.trained.tolist()
     at = 0

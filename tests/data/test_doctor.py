@@ -220,8 +220,8 @@ class Broken(ChatTemplate):
         super().__init__(CHATML, tokenizer)
         self.fault = fault
 
-    def encode(self, conversation: Any, train_on: str = "assistant") -> Example:
-        example = super().encode(conversation, train_on)
+    def examples(self, conversation: Any, train_on: str = "assistant") -> list[Example]:
+        (example,) = super().examples(conversation, train_on)
         ids, trained = example.ids, example.trained.copy()
         if self.fault == "end-not-trained":
             trained &= ids != self.tokenizer.eos_id
@@ -232,7 +232,7 @@ class Broken(ChatTemplate):
             trained[:] = False
         if self.fault == "all-trained":
             trained[1:] = True
-        return Example(ids, trained, example.place)
+        return [Example(ids, trained, example.place)]
 
 
 @pytest.mark.trap(1)

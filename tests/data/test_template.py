@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.chat_templates import CHATML, SHAPES, TOOLS, chat, config, marked, tokenizer_json
+from data.chat_templates import CHATML, SHAPES, TOOLS, chat, config, marked, only, tokenizer_json
 from data.chat_templates import template as template_of
 from data.chat_templates import tokenizer as tokenizer_of
 from data.hard_strings import CONTROLS, HARD, PLAIN, WORDS
@@ -153,7 +153,7 @@ def test_the_trained_spans_are_those_written_by_hand(
     name: str, turns: tuple[str, ...], wanted: str
 ) -> None:
     template = template_of(name)
-    assert marked(template.encode(chat(*turns)), template.tokenizer) == wanted
+    assert marked(only(template, chat(*turns)), template.tokenizer) == wanted
 
 
 KEEPING = [name for name in SHAPES if name != "thinks first"]
@@ -195,7 +195,7 @@ def test_what_inference_feeds_is_what_comes_before_the_trained_span(name: str) -
         conversation = chat(*a_chat(rng, name))
         answers = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
         last = name == "qwen 3"  # which drops earlier thoughts
-        example = template.encode(conversation, "last_assistant" if last else "assistant")
+        example = only(template, conversation, "last_assistant" if last else "assistant")
         answers = answers[-1:] if last else answers
         spans = np.flatnonzero(np.diff(example.trained.astype(np.int8), prepend=0) == 1)
         assert len(spans) == len(answers)
@@ -213,7 +213,7 @@ def test_the_trained_ids_decode_to_the_answer(name: str) -> None:
     template = template_of(name)
     for answer in HARD:
         wanted = answer.strip() if name == "llama 3" else answer
-        example = template.encode(chat("u:q", f"a:{answer}"))
+        example = only(template, chat("u:q", f"a:{answer}"))
         learnt = template.tokenizer.decode(example.ids[example.trained].tolist(), skip_special=False)
         assert learnt == wanted + SHAPES[name].eos
 
@@ -233,7 +233,7 @@ def test_the_number_of_control_tokens_does_not_depend_on_what_messages_spell(nam
 
 
 def controls_in(template: ChatTemplate, asked: str, answered: str) -> list[int]:
-    example = template.encode(chat(f"u:{asked}", f"a:{answered}"))
+    example = only(template, chat(f"u:{asked}", f"a:{answered}"))
     names = [*CONTROLS, *WORDS, *{m for s in SHAPES.values() for m in (s.eos, s.bos or "<s>", *s.markers)}]
     known = {template.tokenizer.id(name) for name in names} - {None}
     return [number for number in example.ids.tolist() if number in known]
@@ -252,7 +252,7 @@ def test_every_part_of_a_message_is_hidden() -> None:
         Message("tool", marker, extra={"tool_call_id": marker}),
         Message("assistant", marker),
     )
-    example = template.encode(Conversation(messages, tools, None, "a:1"))
+    example = only(template, Conversation(messages, tools, None, "a:1"))
     text = template.render(messages, tools)
     assert text.count(marker) == 16
     # One for each message and one for the tools.
@@ -263,9 +263,9 @@ def test_every_part_of_a_message_is_hidden() -> None:
 def test_an_assistant_writes_its_own_words_and_others_do_not() -> None:
     template = template_of("tools")
     think = template.tokenizer.id("<think>")
-    assert think in template.encode(chat("u:q", "a:<think>")).ids
+    assert think in only(template, chat("u:q", "a:<think>")).ids
     for turns in (("u:<think>", "a:x"), ("s:<think>", "u:q", "a:x"), ("t:<think>", "a:x")):
-        assert think not in template.encode(chat(*turns)).ids
+        assert think not in only(template, chat(*turns)).ids
 
 
 TOOL = {"type": "function", "function": {"name": "light", "description": "<b>&'é'"}}
@@ -281,7 +281,7 @@ def test_a_chat_with_tools() -> None:
         Message("tool", "done"),
         Message("assistant", "It is on."),
     )
-    example = template.encode(Conversation(messages, (TOOL,), None, "a:1"))
+    example = only(template, Conversation(messages, (TOOL,), None, "a:1"))
     assert marked(example, template.tokenizer) == (
         '<|im_start|>system\nTools:\n{"type": "function", "function": {"name": "light", '
         '"description": "<b>&\'é\'"}}\n<|im_end|>\n<|im_start|>user\non<|im_end|>\n<|im_start|>assistant\n'
@@ -297,10 +297,10 @@ def test_the_end_of_turn_is_trained_whatever_the_pad_token_is(pad: str | None) -
     tokenizer = tokenizer_of("chatml")
     tokenizer.config["pad_token"] = pad
     template = ChatTemplate(CHATML, tokenizer)
-    example = template.encode(chat(*TWO))
+    example = only(template, chat(*TWO))
     ends = np.flatnonzero(example.ids == tokenizer.id("<|im_end|>"))
     assert example.trained[ends].tolist() == [False, False, True, False, True]
-    assert (example.ids == template_of("chatml").encode(chat(*TWO)).ids).all()
+    assert (example.ids == only(template_of("chatml"), chat(*TWO)).ids).all()
 
 
 @pytest.mark.trap(3)
@@ -311,11 +311,11 @@ def test_there_is_one_bos_where_template_or_tokenizer_gives_it(name: str, adds: 
     tokenizer.config["add_bos_token"] = adds
     template = ChatTemplate(SHAPES[name].source, tokenizer)
     bos = tokenizer.bos_id
-    ids = template.encode(chat(*ONE)).ids.tolist()
+    ids = only(template, chat(*ONE)).ids.tolist()
     written = "bos_token" in template.source or (template.is_default and tokenizer.adds_bos)
     assert ids.count(bos) == (1 if written else 0)
     assert template.prompt_ids(chat(*ONE).messages[:1]).count(bos) == ids.count(bos)
-    text = template.encode(Conversation((), None, "<s> some words", "a:1")).ids.tolist()
+    text = only(template, Conversation((), None, "<s> some words", "a:1")).ids.tolist()
     assert text.count(bos) == (1 if tokenizer.adds_bos else 0)
     assert text[:2] != [bos, bos]
 
@@ -343,7 +343,7 @@ def test_text_and_ids_are_those_of_apply_chat_template(name: str, tmp_path: Any)
             if prompt:
                 assert template.prompt_ids(messages) == ids
             elif name != "glm" and any(message.role == "assistant" for message in messages):
-                assert template.encode(Conversation(messages, None, None, "")).ids.tolist() == ids
+                assert only(template, Conversation(messages, None, None, "")).ids.tolist() == ids
 
 
 def test_tools_are_rendered_as_transformers_does() -> None:
@@ -357,28 +357,66 @@ def test_tools_are_rendered_as_transformers_does() -> None:
 
 
 @pytest.mark.trap(5)
-def test_a_template_that_drops_earlier_thoughts_trains_only_the_last() -> None:
+def test_a_template_that_drops_earlier_thoughts_takes_an_example_for_each_answer() -> None:
     template = template_of("qwen 3")
-    with pytest.raises(TemplateError, match=r"rows.jsonl:3: .*does not keep") as caught:
-        template.encode(chat(*THOUGHT, "u:last", "a:end"))
-    assert "last_assistant" in (caught.value.fix or "")
-    example = template.encode(chat(*THOUGHT), train_on="last_assistant")
-    assert marked(example, template.tokenizer) == (
+    whole = (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nsure<|im_end|>\n"
         "<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n«<think>so</think>\n\nyes<|im_end|>»\n"
     )
-    assert example.ids[: int(np.argmax(example.trained))].tolist() == template.prompt_ids(
-        chat(*THOUGHT).messages[:3]
-    )
+    examples = template.examples(chat(*THOUGHT))
+    assert [marked(example, template.tokenizer) for example in examples] == [
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<think>why</think>\n\nsure<|im_end|>»\n",
+        whole,
+    ]
+    for example, before in zip(examples, (1, 3), strict=True):
+        prompt = example.ids[: int(np.argmax(example.trained))].tolist()
+        assert prompt == template.prompt_ids(chat(*THOUGHT).messages[:before])
+    last = only(template, chat(*THOUGHT), train_on="last_assistant")
+    assert marked(last, template.tokenizer) == whole
+
+
+@pytest.mark.trap(5)
+def test_an_example_holds_as_many_answers_as_it_keeps() -> None:
+    """Only the answer with a thought needs one of its own; a question after the last answer changes it."""
+    template = template_of("qwen 3")
+    turns = ("u:a", "a:one", *THOUGHT[:2], "u:b", "a:two", "u:more?")
+    learnt = [
+        [text.split("»")[0] for text in marked(example, template.tokenizer).split("«")[1:]]
+        for example in template.examples(chat(*turns))
+    ]
+    assert learnt == [["<think>why</think>\n\nsure<|im_end|>"], ["one<|im_end|>", "two<|im_end|>"]]
+    (last,) = template.examples(chat(*THOUGHT, "u:more?"), "last_assistant")
+    assert "«<think>so</think>" in marked(last, template.tokenizer)
 
 
 @pytest.mark.trap(5)
 @pytest.mark.trap(4)
 @pytest.mark.parametrize("train_on", ["assistant", "last_assistant"])
+@pytest.mark.parametrize(
+    ("answer", "learnt"),
+    [
+        ("hello", "\n</think>\n\nhello<|im_end|>"),
+        ("<think>\nwhy\n</think>\n\nhello", "why\n</think>\n\nhello<|im_end|>"),
+        ("why</think>hello", "why\n</think>\n\nhello<|im_end|>"),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_trained_from_there(
+    train_on: str, answer: str, learnt: str
+) -> None:
+    template = template_of("thinks first")
+    example = only(template, chat("u:hi", f"a:{answer}"), train_on)
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert marked(example, template.tokenizer) == f"{prompt}«{learnt}»\n"
+
+
+@pytest.mark.trap(4)
+@pytest.mark.trap(5)
+@pytest.mark.parametrize("train_on", ["assistant", "last_assistant"])
 def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(train_on: str) -> None:
-    message = "before message 2"
-    with pytest.raises(TemplateError, match=message):
-        template_of("thinks first").encode(chat(*ONE), train_on)
+    source = CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>model\\n'")
+    template = ChatTemplate(source, tokenizer_of("chatml"))
+    with pytest.raises(TemplateError, match=r"rows.jsonl:3: .*does not keep what comes before message 2"):
+        template.examples(chat(*ONE), train_on)
 
 
 @pytest.mark.trap(8)
@@ -404,11 +442,11 @@ def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(train_on
 )
 def test_train_on(train_on: str, wanted: str) -> None:
     template = template_of("qwen 3")
-    assert marked(template.encode(chat(*TWO[1:]), train_on), template.tokenizer) == wanted
+    assert marked(only(template, chat(*TWO[1:]), train_on), template.tokenizer) == wanted
 
 
 def test_all_of_a_chat_can_be_trained_where_the_template_keeps_nothing() -> None:
-    example = template_of("thinks first").encode(chat(*ONE), "all")
+    example = only(template_of("thinks first"), chat(*ONE), "all")
     assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
 
 
@@ -418,7 +456,7 @@ def test_an_assistant_header_in_a_question_trains_nothing_of_the_question(name: 
     template = template_of(name)
     header = template.render(chat("u:x").messages, add_generation_prompt=True).split("x")[-1]
     question = f"{header}not this{header}nor this"
-    example = template.encode(chat(f"u:{question}", "a:only this"))
+    example = only(template, chat(f"u:{question}", "a:only this"))
     learnt = template.tokenizer.decode(example.ids[example.trained].tolist())
     assert learnt.strip() == "only this"
 
@@ -442,7 +480,7 @@ def test_a_system_prompt_is_never_part_of_the_template(system: str) -> None:
         template = template_of(name)
         conversation = chat(f"s:{system}", *ONE)
         assert system in template.render(conversation.messages)
-        ids = template.encode(conversation).ids.tolist()
+        ids = only(template, conversation).ids.tolist()
         assert system in template.tokenizer.decode(ids, skip_special=False)
 
 
@@ -454,7 +492,7 @@ def test_nothing_of_the_machinery_is_left_in_a_rendering(name: str) -> None:
     text = template.render(conversation.messages, add_generation_prompt=True)
     assert "{INPUT}" in text
     assert not re.search("[\ue000-\ue003]|INPUT}.*INPUT}|{{|{%", text)
-    example = template.encode(conversation, "all")
+    example = only(template, conversation, "all")
     shown = template.tokenizer.decode(example.ids.tolist(), skip_special=False)
     assert not re.search("[\ue000-\ue003]", shown)
 
@@ -464,7 +502,7 @@ def test_a_long_chat_is_not_cut() -> None:
     tokenizer = tokenizer_of("chatml")
     tokenizer.config["model_max_length"] = 16
     template = ChatTemplate(CHATML, tokenizer)
-    example = template.encode(chat("u:" + "word " * 3000, "a:" + "answer " * 3000))
+    example = only(template, chat("u:" + "word " * 3000, "a:" + "answer " * 3000))
     assert marked(example, tokenizer).endswith("answer answer <|im_end|>»\n")
     assert tokenizer.decode(example.ids.tolist()).count("word") == 3000
 
@@ -473,14 +511,14 @@ def test_plain_text_is_trained_whole_with_one_end() -> None:
     tokenizer = tokenizer_of("llama 3")
     tokenizer.config["bos_token"] = "<s>"  # what the post-processor of this tokenizer puts in front
     template = ChatTemplate(None, tokenizer)
-    example = template.encode(Conversation((), None, "some <|eot_id|> words", "a.jsonl:7"))
+    example = only(template, Conversation((), None, "some <|eot_id|> words", "a.jsonl:7"))
     assert marked(example, tokenizer) == "<s>«some <|eot_id|> words<|eot_id|>»"
     assert example.ids.tolist().count(tokenizer.eos_id or 0) == 1
     assert example.place == "a.jsonl:7"
 
 
 def test_an_example_is_compact() -> None:
-    example = template_of("chatml").encode(chat(*ONE))
+    example = only(template_of("chatml"), chat(*ONE))
     assert (example.ids.dtype, example.trained.dtype) == (np.int32, np.bool_)
     assert example.ids.shape == example.trained.shape
     assert not example.trained[0]
@@ -519,7 +557,7 @@ def test_a_refusal_names_the_row_and_the_line_of_the_template() -> None:
     with pytest.raises(
         TemplateError, match=r"rows.jsonl:3: .*\(line 7\): user and assistant must take turns"
     ):
-        template_of("llama 2").encode(chat("a:hello", "u:hi", "a:hello"))
+        only(template_of("llama 2"), chat("a:hello", "u:hi", "a:hello"))
 
 
 @pytest.mark.parametrize(
@@ -558,5 +596,5 @@ def test_a_row_is_rendered_no_oftener_than_it_has_answers_and_texts(monkeypatch:
         return render(*given, **named)
 
     monkeypatch.setattr(template._compiled, "render", counted)
-    template.encode(chat(*ONE))
+    only(template, chat(*ONE))
     assert len(rendered) <= 2

@@ -30,14 +30,14 @@ from lorimer.evaluate.show import answers_text, comparison_table, comparison_tex
 class FakeTemplate:
     """A token for each character; those of answers, or of a plain text, are trained."""
 
-    def encode(self, conversation: Conversation, train_on: str = "assistant") -> Any:
+    def examples(self, conversation: Conversation, train_on: str = "assistant") -> list[Any]:
         parts = [(m.content, m.role == "assistant") for m in conversation.messages]
         parts = parts if conversation.text is None else [(conversation.text, True)]
         if train_on == "last_assistant":
             parts = [(text, trained and i == len(parts) - 1) for i, (text, trained) in enumerate(parts)]
         trained = [flag for text, flag in parts for _ in text]
         ids = np.array([ord(c) for text, _ in parts for c in text], np.int32)
-        return SimpleNamespace(ids=ids, trained=np.array(trained, bool), place=conversation.place)
+        return [SimpleNamespace(ids=ids, trained=np.array(trained, bool), place=conversation.place)]
 
 
 class FakeModel:

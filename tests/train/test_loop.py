@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,25 @@ def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bytes(
     assert weights(cut) == weights(whole)
 
 
+def test_a_resumed_run_keeps_the_day_it_was_begun_on(
+    settings: dict[str, Any], tmp_path: Path, base: Path
+) -> None:
+    """A template that writes the time: rows of the resumed run are those that it was begun with."""
+    written = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    path = tmp_path / "dated.jinja"
+    path.write_text("{{ strftime_now('%Y %H:%M:%S') }} " + written, encoding="utf-8")
+    settings["data"]["chat_template"] = str(path)
+    with pytest.raises(Interrupted):
+        train(config(settings), reporter=StopAfter(2))
+    run = tmp_path / "runs/run"
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    time.sleep(1.01)
+    train(None, resume=run)
+    after = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert (after["started"], after["data_hash"]) == (record["started"], record["data_hash"])
+    assert len(losses(run)) == 8
+
+
 @pytest.mark.trap(62)
 @pytest.mark.trap(65)
 def test_resume_refuses_other_settings_and_other_data(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -309,7 +329,7 @@ def test_the_best_adapter_is_proved_and_kept_though_it_is_not_the_last(
     # What was proved is what lies in the folder.
     model = load(result.path, dtype="fp32")
     (row,) = read_rows(tmp_path / "test.jsonl")
-    (nats,) = model.token_losses([model.template.encode(to_conversation(row))])
+    (nats,) = model.token_losses(model.template.examples(to_conversation(row)))
     assert result.after is not None
     assert result.after.rows[0].loss_sum == pytest.approx(float(nats.sum()), rel=1e-6)
 
@@ -323,7 +343,7 @@ def test_the_valid_loss_is_that_of_the_model_that_is_kept(
     valid = write_rows(tmp_path / "valid.jsonl", 5, seed=7)
     run = train(config(settings, data__valid=str(valid)))
     model = load(run.path, dtype="fp32")
-    examples = [model.template.encode(to_conversation(row)) for row in read_rows(valid)]
+    examples = [e for row in read_rows(valid) for e in model.template.examples(to_conversation(row))]
     rows = model.token_losses(examples)
     mean = sum(float(row.sum()) for row in rows) / sum(len(row) for row in rows)
     assert run.valid_loss == pytest.approx(mean, abs=1e-6)

@@ -194,8 +194,10 @@ def show(
     shown = []
     for one in _chosen(file, n, row):
         conversation = to_conversation(one, config.format, config.system)
-        example = template.encode(conversation, config.train_on)
-        shown.append((one.place, stretches(example, template.tokenizer)))
+        examples = template.examples(conversation, config.train_on)
+        for number, example in enumerate(examples, 1):
+            part = f" ({number} of {len(examples)})" if len(examples) > 1 else ""
+            shown.append((one.place + part, stretches(example, template.tokenizer)))
     if json:
         typer.echo(json_text.dumps([_as_dict(*pair) for pair in shown], indent=2, ensure_ascii=False))
         return

@@ -106,7 +106,8 @@ def _examples(model: Model, target: str, data: str | None) -> list[Example]:
     if data is None and not (config and (config.data.test or config.data.test_fraction)):
         return []
     train_on = config.data.train_on if config else "assistant"
-    found = [model.template.encode(row, train_on) for row in held_out(config, data)[:ROWS]]
+    rows = held_out(config, data)[:ROWS]
+    found = [example for row in rows for example in model.template.examples(row, train_on)]
     if not any(example.trained.any() for example in found):
         raise ConfigError("no row has an answer to compare", fix="Give other rows with --data.")
     return found

@@ -44,11 +44,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A sound row on its way to training; `example` is None where there is no tokenizer."""
+    """A sound row on its way to training; there are no examples where there is no tokenizer."""
 
     format: str
     conversation: Conversation
-    example: Example | None
+    examples: tuple[Example, ...]
 
     @property
     def place(self) -> str:
@@ -80,25 +80,23 @@ class RowCheck:
 
 
 def _nothing_trained(one: Checked, _: Context) -> bool:
-    return one.example is not None and not one.example.trained.any()
+    return bool(one.examples) and not any(example.trained.any() for example in one.examples)
 
 
 def _end_not_trained(one: Checked, context: Context) -> bool:
-    if one.example is None or not one.example.trained.any():
-        return False
-    trained = one.example.ids[one.example.trained]
-    return not np.isin(trained, list(context.end_ids)).any()
+    learnt = [example.ids[example.trained] for example in one.examples if example.trained.any()]
+    return any(not np.isin(ids, list(context.end_ids)).any() for ids in learnt)
 
 
 def _double_bos(one: Checked, context: Context) -> bool:
     bos = context.template.tokenizer.bos_id if context.template else None
-    return one.example is not None and bos is not None and list(one.example.ids[:2]) == [bos, bos]
+    return bos is not None and any(list(example.ids[:2]) == [bos, bos] for example in one.examples)
 
 
 def _all_trained(one: Checked, context: Context) -> bool:
-    if one.example is None or one.conversation.text is not None or context.config.train_on == "all":
+    if one.conversation.text is not None or context.config.train_on == "all":
         return False
-    return bool(one.example.trained[1:].all())
+    return any(bool(example.trained[1:].all()) for example in one.examples)
 
 
 def _texts(one: Checked) -> Iterator[str]:
@@ -314,7 +312,7 @@ def row_findings(name: str, rows: Sequence[Checked], context: Context) -> list[F
 def too_long(name: str, rows: Sequence[Checked], context: Context) -> list[Finding]:
     """Rows over the limit, and what training does with them."""
     config = context.config
-    examples = [one.example for one in rows if one.example is not None]
+    examples = [example for one in rows for example in one.examples]
     long = [example for example in examples if len(example.ids) > config.max_tokens]
     if not long or name == "test":
         return []

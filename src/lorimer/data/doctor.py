@@ -28,6 +28,7 @@ from lorimer.data.checks import (
     within,
 )
 from lorimer.data.conversation import detect_format, to_conversation
+from lorimer.data.prepare import marks_text, split_text
 from lorimer.data.rows import Row, scan_rows, split_rows
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.errors import DataError, UserError
@@ -103,6 +104,7 @@ def check(
     totals = {}
     for name, rows in parts.items():
         totals[name] = _totals(name, rows, context)
+        findings += _taken_apart(name, rows)
         findings += row_findings(name, rows, context)
         findings += too_long(name, rows, context)
         findings += within(name, rows)
@@ -114,8 +116,21 @@ def check(
         message = "the base has no chat template: the default (ChatML) is used"
         fix = "Take an instruct base, or give its template as `data.chat_template`."
         findings.append(Finding("default-template", "note", message, (), fix))
+    if template is not None and template.marks_otherwise is not None:
+        fix = "Nothing to do. `lorimer data show` shows what is trained."
+        findings.append(Finding("marked-otherwise", "note", marks_text(template.marks_otherwise), (), fix))
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return Report(findings, totals, config.max_tokens, template is not None)
+
+
+def _taken_apart(name: str, rows: Sequence[Checked]) -> list[Finding]:
+    """Chats of several examples: not a fault, but not what a reader of the file expects."""
+    several = [one for one in rows if len(one.examples) > 1]
+    if not several:
+        return []
+    message = split_text(name, len(several), sum(len(one.examples) for one in several))
+    fix = "Nothing to do; with `data.train_on: last_assistant` there is one for each chat."
+    return [Finding("split-chats", "note", message, tuple(one.place for one in several), fix)]
 
 
 class _BadRows:
@@ -157,8 +172,8 @@ class _BadRows:
             try:
                 kind = detect_format(row) if config.format == "auto" else config.format
                 conversation = to_conversation(row, kind, config.system)
-                example = template.encode(conversation, config.train_on) if template else None
-                found.append(Checked(kind, conversation, example))
+                examples = template.examples(conversation, config.train_on) if template else []
+                found.append(Checked(kind, conversation, tuple(examples)))
             except UserError as error:
                 code = "bad-row" if isinstance(error, DataError) else "template"
                 self.add(code, error, row.place)
@@ -187,7 +202,7 @@ def _totals(name: str, rows: Sequence[Checked], context: Context) -> Totals:
     totals = Totals(rows=len(rows), used=len(rows))
     totals.formats = dict(Counter(one.format for one in rows))
     totals.roles = dict(Counter(turn.role for one in rows for turn in one.conversation.messages))
-    examples = [one.example for one in rows if one.example is not None]
+    examples = [example for one in rows for example in one.examples]
     if not examples:
         return totals
     lengths = [len(example.ids) for example in examples]
@@ -196,11 +211,12 @@ def _totals(name: str, rows: Sequence[Checked], context: Context) -> Totals:
     limit = context.config.max_tokens
     totals.too_long = sum(length > limit for length in lengths)
     if name != "test":  # held-out rows are answered, not trained on: the limit is not theirs
-        trained = [example.trained[:limit] for example in examples if _fits(example, context)]
-        trained = [flags for flags in trained if flags.any()]
+        parts = [[e.trained[:limit] for e in one.examples if _fits(e, context)] for one in rows]
+        parts = [[flags for flags in part if flags.any()] for part in parts]
     else:
-        trained = [example.trained for example in examples]
-    totals.used = len(trained)
+        parts = [[example.trained for example in one.examples] for one in rows]
+    trained = [flags for part in parts for flags in part]
+    totals.used = sum(bool(part) for part in parts)
     totals.tokens = sum(len(flags) for flags in trained)
     totals.trained_tokens = sum(int(flags.sum()) for flags in trained)
     return totals

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from lorimer.config import DataConfig
 from lorimer.data.conversation import Conversation, to_conversation
@@ -27,7 +28,8 @@ class Prepared:
     valid: list[Example]
     test: list[Conversation]
     notes: list[str] = field(default_factory=list)
-    looked_at: list[tuple[Conversation, Example]] = field(default_factory=list)  # kept rows, for preflight
+    # Rows of which something is kept, and all their examples, for preflight.
+    looked_at: list[tuple[Conversation, list[Example]]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -55,13 +57,35 @@ def prepare(config: DataConfig, template: ChatTemplate, *, seed: int) -> Prepare
         rows, more_valid, more_test = split_rows(rows, config.valid_fraction, config.test_fraction, seed)
         valid, test = valid or more_valid, test or more_test
     notes: list[str] = []
-    looked_at: list[tuple[Conversation, Example]] = []
+    if template.writes_date:
+        day = (template.now or datetime.now()).date()
+        notes.append(f"the chat template writes the day into each prompt; these rows say {day}")
+    if template.marks_otherwise is not None:
+        notes.append(marks_text(template.marks_otherwise))
+    looked_at: list[tuple[Conversation, list[Example]]] = []
     return Prepared(
         train=_examples("train", rows, config, template, notes, looked_at),
         valid=_examples("valid", valid, config, template, notes) if valid else [],
         test=list(conversations(test, config)),
         notes=notes,
         looked_at=looked_at,
+    )
+
+
+def marks_text(differ: tuple[str, str]) -> str:
+    """That a template's own marks are not what is trained, in words."""
+    marked, trained = differ
+    return (
+        f"the chat template marks {marked!r} of an answer as generated; trained is {trained!r}, which is "
+        "what the model writes at inference"
+    )
+
+
+def split_text(split: str, rows: int, examples: int) -> str:
+    """That chats were taken apart, and why, in words."""
+    return (
+        f"{split}: {rows} chats are trained as {examples} examples, because the chat template changes "
+        "earlier turns of a longer chat: each answer is trained once, after what inference feeds"
     )
 
 
@@ -76,27 +100,26 @@ def _examples(
     config: DataConfig,
     template: ChatTemplate,
     notes: list[str],
-    looked_at: list[tuple[Conversation, Example]] | None = None,
+    looked_at: list[tuple[Conversation, list[Example]]] | None = None,
 ) -> list[Example]:
     """Tokenise one split and apply `data.too_long`; the notes name the rows it touched. Some rows, spread
     evenly, are kept as conversations too where `looked_at` is given."""
-    kept, long, lost = [], [], []
+    kept: list[Example] = []
+    long: list[Example] = []
+    lost: list[Example] = []
+    apart = [0, 0]
     every = max(1, len(rows) // LOOKED_AT)
     for number, conversation in enumerate(conversations(rows, config)):
-        example = template.encode(conversation, config.train_on)
-        if len(example.ids) > config.max_tokens:
-            long.append(example)
-            if config.too_long == "drop":
-                continue
-            example = Example(
-                example.ids[: config.max_tokens], example.trained[: config.max_tokens], example.place
-            )
-        if not example.trained.any():
-            lost.append(example)
-            continue
-        kept.append(example)
-        if looked_at is not None and number % every == 0:
-            looked_at.append((conversation, example))
+        examples = template.examples(conversation, config.train_on)
+        if len(examples) > 1:
+            apart = [apart[0] + 1, apart[1] + len(examples)]
+        before = len(kept)
+        for example in examples:
+            _sort(example, config, kept, long, lost)
+        if looked_at is not None and number % every == 0 and len(kept) > before:
+            looked_at.append((conversation, examples))
+    if apart[0]:
+        notes.append(split_text(split, *apart))
     _report_long(split, long, config, notes)
     if lost:
         notes.append(f"{split}: {len(lost)} rows left out, nothing in them is trained ({_places(lost)})")
@@ -108,6 +131,19 @@ def _examples(
             path=rows[0].path,
         )
     return kept
+
+
+def _sort(
+    example: Example, config: DataConfig, kept: list[Example], long: list[Example], lost: list[Example]
+) -> None:
+    """Put one example where it belongs: kept (cut, if it must be), left out as too long, or lost."""
+    if len(example.ids) > config.max_tokens:
+        long.append(example)
+        if config.too_long == "drop":
+            return
+        limit = config.max_tokens
+        example = Example(example.ids[:limit], example.trained[:limit], example.place)
+    (kept if example.trained.any() else lost).append(example)
 
 
 def _report_long(split: str, long: Sequence[Example], config: DataConfig, notes: list[str]) -> None:

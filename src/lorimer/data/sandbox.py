@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +41,8 @@ TEXT_FILTERS = (
     *("capitalize", "e", "escape", "forceescape", "join", "lower", "string", "striptags", "title"),
     *("tojson", "trim", "truncate", "upper", "urlencode", "wordcount", "xmlattr"),
 )
+# What stands around `{% generation %}` while rendering; another in each process, so that no row spells it.
+MARKS = tuple(f"\ue004{secrets.token_hex(8)}{sign}\ue005" for sign in "<>")
 WIDE = re.compile(r"\d{5}|\*|\{[^}]*\{")  # a width that is large, or given as an argument
 
 
@@ -68,14 +71,16 @@ class _TooSlow(BaseException):
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`, with which some templates mark what is trained.
 
-    Trained spans follow from the turns themselves, so its content is rendered as it is.
+    Its content is rendered as it is, between two private marks that are taken out of the text again.
     """
 
     tags = {"generation"}  # noqa: RUF012  jinja reads this name from the class
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        first, last = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in MARKS)
+        return [first, *body, last]
 
 
 class _Code(CodeGenerator):
@@ -300,8 +305,18 @@ class CompiledTemplate:
         except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own limits on nesting
             raise TemplateError("the chat template nests too deeply") from error
 
+    def render_marked(
+        self, variables: Mapping[str, Any], *, place: str = ""
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and from where to where `{% generation %}` marks it. Raises as `render` does."""
+        text = self._render(variables, place)
+        return (text, []) if MARKS[0] not in text else _unmarked(text)
+
     def render(self, variables: Mapping[str, Any], *, place: str = "") -> str:
         """The text. Raises TemplateError that names the row at `place`, if given, and the cause."""
+        return self.render_marked(variables, place=place)[0]
+
+    def _render(self, variables: Mapping[str, Any], place: str) -> str:
         limit = max(OUTPUT_LIMIT, 4 * _size(variables))
         _BUDGET.start(limit)
         parts: list[str] = []
@@ -330,6 +345,19 @@ class CompiledTemplate:
                 fix="Check the roles and their order, or give another `data.chat_template`.",
             ) from error
         return "".join(parts)
+
+
+def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """A text without its private marks, and the stretches that were between them."""
+    plain, spans, first = "", [], 0
+    for part in re.split(f"({'|'.join(MARKS)})", text):
+        if part == MARKS[0]:
+            first = len(plain)
+        elif part == MARKS[1]:
+            spans.append((first, len(plain)))
+        else:
+            plain += part
+    return plain, spans
 
 
 def _size(value: Any) -> int:

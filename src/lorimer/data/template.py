@@ -10,9 +10,12 @@ found is the template's own.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,11 @@ DEFAULT = (
     "{{ bos }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{{ end }}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+# A generation prompt that ends inside a thought.
+OPENED = re.compile(r"<think>\s*\Z")
+LEAD = 64  # at most so many characters does a template write before an answer
+OTHER = "\uf8fe"  # what no answer begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.is_default = source is None
         self.source = DEFAULT if source is None else source
+        self.now: datetime | None = None  # what training takes for today; None: what the clock says
         self._compiled = CompiledTemplate(self.source)
 
     @cached_property
@@ -75,11 +84,11 @@ class ChatTemplate:
 
         Where several stand together (`<|end|>`, then an end of text after the whole chat), each is one.
         """
-        probe = [Message("user", "a"), Message("assistant", "b")]
+        chat = _Chat(self, [Message("user", "a"), Message("assistant", "b")])
         try:
-            text = self._render_hidden(probe, None, generation=False)
-            turn = self._turns(probe, None, text, "")[0]
-        except TemplateError:
+            text = chat.text(2)
+            turn = self._turns(chat, 2, text)[0]
+        except (TemplateError, IndexError):
             return []
         answer = text[turn.first : turn.last]
         found: list[int] = []
@@ -92,6 +101,31 @@ class ChatTemplate:
             end = first
         return found if turn.closed else []
 
+    @cached_property
+    def writes_date(self) -> bool:
+        """Whether a prompt says which day it is."""
+        try:
+            chats = [_Chat(self, [Message("user", "a")], now=datetime(year, 1, 2)) for year in (1990, 2001)]
+            return chats[0].text(1, generation=True) != chats[1].text(1, generation=True)
+        except TemplateError:
+            return False
+
+    @cached_property
+    def marks_otherwise(self) -> tuple[str, str] | None:
+        """What `{% generation %}` marks of an answer, and what is trained of it, where they differ.
+
+        None where they agree, and for a template that marks nothing.
+        """
+        chat = _Chat(self, [Message("user", "a"), Message("assistant", "b")])
+        try:
+            text = chat.text(2)
+            turns = self._turns(chat, 2, text)
+        except TemplateError:
+            return None
+        marked = "".join(text[first:last] for first, last in chat.marks[2])
+        trained = "".join(text[turn.first : turn.last] for turn in turns)
+        return None if marked in ("", trained) else (marked, trained)
+
     def render(
         self,
         messages: Sequence[Message],
@@ -99,40 +133,68 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
     ) -> str:
         """The text as it looks, markers in messages spelled out."""
-        return self.tokenizer.show(self._render_hidden(messages, tools, generation=add_generation_prompt))
+        chat = _Chat(self, messages, tools)
+        return self.tokenizer.show(chat.first_text(len(messages), generation=add_generation_prompt))
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
         """What inference feeds: ids up to and including the generation prompt.
 
-        The same ids that `encode` puts before the answer that follows these messages.
+        The same ids that `examples` puts before the answer that follows these messages.
         """
-        text = self._render_hidden(messages, tools, generation=True)
-        starts = [turn.first for turn in self._turns(messages, tools, text, "", strict=False)]
+        chat = _Chat(self, messages, tools)
+        text = chat.first_text(len(messages), generation=True)
+        starts = [turn.first for turn in self._turns(chat, len(messages), text)]
         return self.tokenizer.encode_pieces(_pieces(text, [(start, start) for start in starts]))[0]
 
-    def encode(self, conversation: Conversation, train_on: str = "assistant") -> Example:
-        """The conversation's ids, and which of them are trained.
+    def examples(self, conversation: Conversation, train_on: str = "assistant") -> list[Example]:
+        """The conversation's ids, and which of them are trained, in one example or in several.
 
-        train_on is assistant (every answer and its end of turn), last_assistant or all. Raises
-        TemplateError if the template refuses it or does not keep what comes before an answer.
+        train_on is assistant (every answer and its end of turn), last_assistant or all. One example
+        holds all answers if each stands in it after exactly what inference would feed. A template that
+        changes earlier turns (drops their thoughts, moves the system text to the last question) needs
+        several: each is the chat up to an answer, with the answers that it keeps, so that each answer
+        is trained once and after what inference feeds. Raises TemplateError if the template refuses
+        the chat, or if no text that it makes keeps an answer after its prompt.
         """
         if conversation.text is not None:
-            return self._encode_text(conversation)
-        messages, tools, place = conversation.messages, conversation.tools, conversation.place
-        text = self._render_hidden(messages, tools, generation=False, place=place)
-        turns = self._turns(messages, tools, text, place, train_on=train_on)
-        chosen = turns if train_on == "assistant" else turns[-1:]
-        spans = [(turn.first, turn.last if turn in chosen else turn.first) for turn in turns]
+            return [self._encode_text(conversation)]
+        messages = conversation.messages
+        chat = _Chat(self, messages, conversation.tools, conversation.place)
+        left = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        if train_on == "last_assistant":
+            left = left[-1:]
+        chat.first_text(len(messages))
+        whole, kept = self._encode_upto(chat, len(messages), left)
+        if train_on == "all" or not left:
+            flags = np.full(len(whole.ids), train_on == "all")
+            flags[:1] = False
+            return [Example(whole.ids, flags, whole.place)]
+        made = [whole] if kept else []
+        while left := [number for number in left if number not in kept]:
+            example, kept = self._encode_upto(chat, left[-1] + 1, left)
+            if left[-1] not in kept:
+                raise _not_kept(chat, left[-1])
+            made.append(example)
+        return made[::-1]
+
+    def _encode_upto(self, chat: _Chat, upto: int, wanted: Sequence[int]) -> tuple[Example, set[int]]:
+        """The chat up to a message, trained on those of the wanted answers that it keeps, and which."""
+        text = chat.text(upto)
+        turns = self._turns(chat, upto, text)
+        kept = {turn.message for turn in turns} & set(wanted)
+        if wanted and upto == wanted[-1] + 1 and wanted[-1] not in kept:
+            joined = self._joined(chat, wanted[-1])
+            if joined is not None:
+                text, turns, kept = *joined, {wanted[-1]}
+        spans = [(turn.first, turn.last if turn.message in kept else turn.first) for turn in turns]
         ids, trained = self.tokenizer.encode_pieces(_pieces(text, spans))
         eos = self.tokenizer.eos_id
         if turns and not turns[-1].closed and turns[-1].last == len(text) and eos is not None:
             # The template leaves its last answer open: what ends it at inference is the end token.
             ids, trained = [*ids, eos], [*trained, True]
-        if train_on == "all":
-            trained = [True] * len(ids)
-        return _example(ids, trained, place)
+        return _example(ids, trained, chat.place), kept
 
     def _encode_text(self, conversation: Conversation) -> Example:
         """Plain text: [bos] text eos, all of it trained."""
@@ -143,26 +205,18 @@ class ChatTemplate:
         ids = begin + tokenizer.encode_content(conversation.text) + end
         return _example(ids, [True] * len(ids), conversation.place)
 
-    def _render_hidden(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        *,
-        generation: bool,
-        place: str = "",
-    ) -> str:
-        variables: dict[str, Any] = {
-            "messages": [self._hidden_message(message) for message in messages],
-            "tools": _hidden(list(tools), self.tokenizer.hide) if tools else None,
-            "add_generation_prompt": generation,
-        }
+    def _variables(self, now: datetime | None) -> dict[str, Any]:
+        """What a template may read besides the chat."""
+        variables: dict[str, Any] = {}
         for role in ("bos", "eos", "pad", "unk"):
             variables[f"{role}_token"] = self.tokenizer.token_text(role) or ""
+        if now is not None:
+            variables["strftime_now"] = now.strftime
         if self.is_default:
             known = self.tokenizer.id("<|im_end|>") is not None
             variables["bos"] = variables["bos_token"] if self.tokenizer.adds_bos else ""
             variables["end"] = "<|im_end|>" if known else variables["eos_token"]
-        return self._compiled.render(variables, place=place)
+        return variables
 
     def _hidden_message(self, message: Message) -> dict[str, Any]:
         own = message.role == "assistant"
@@ -175,56 +229,55 @@ class ChatTemplate:
             value["tool_calls"] = _hidden(list(message.tool_calls), hide)
         return value | {key: _hidden(item, hide) for key, item in message.extra.items()}
 
-    def _turns(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        text: str,
-        place: str,
-        *,
-        train_on: str = "assistant",
-        strict: bool = True,
-    ) -> list[Turn]:
-        """Where each assistant turn lies in the rendered text. With `strict` a trained turn whose
-        prompt is not what comes before it is an error; else such a turn is left out."""
-        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-        turns = []
-        for number in answers:
-            turn = self._turn(messages, tools, text, place, number)
-            if turn is not None:
-                turns.append(turn)
-            elif strict and (train_on == "assistant" or number == answers[-1]) and train_on != "all":
-                raise _not_kept(number, place)
-        return turns
+    def _turns(self, chat: _Chat, upto: int, text: str) -> list[Turn]:
+        """Where the assistant turns before message `upto` lie in a text that begins with them. A turn
+        whose prompt is not what comes before it, or that reads otherwise there, is left out."""
+        answers = [number for number in range(upto) if chat.messages[number]["role"] == "assistant"]
+        found = (self._turn(chat, upto, text, number) for number in answers)
+        return [turn for turn in found if turn is not None]
 
-    def _turn(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        text: str,
-        place: str,
-        number: int,
-    ) -> Turn | None:
-        """One turn; None if the text before it, or the answer itself, is another in the whole chat."""
-        prompt = self._prompt(messages[:number], tools, place)
+    def _turn(self, chat: _Chat, upto: int, text: str, number: int) -> Turn | None:
+        """One turn; None if the text before it, or the answer itself, is another in this text."""
+        prompt = chat.prompt(number)
         if prompt is None or not text.startswith(prompt):
             return None
-        if number + 1 == len(messages):
+        if number + 1 == upto:
             return self._close(number, len(prompt), len(text), text)
-        upto = self._render_hidden(messages[: number + 1], tools, generation=False, place=place)
-        end = max(len(prompt), _shared(upto, text))
-        if end < len(upto) and not self.tokenizer.control_spans(text[len(prompt) : end]):
+        own = chat.text(number + 1)
+        end = max(len(prompt), _shared(own, text))
+        if end < len(own) and not self.tokenizer.control_spans(text[len(prompt) : end]):
             return None  # they part before the answer's end: a later message changed the answer
         return self._close(number, len(prompt), end, text)
 
-    def _prompt(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, place: str
-    ) -> str | None:
-        """The text that inference feeds before an answer; None if the template refuses to."""
-        try:
-            return self._render_hidden(messages, tools, generation=True, place=place)
-        except TemplateError:
+    def _joined(self, chat: _Chat, number: int) -> tuple[str, list[Turn]] | None:
+        """A chat up to an answer whose prompt the template does not keep: the prompt as inference feeds it,
+        then the answer as the template writes it. None where it is not sure that the one follows the other.
+
+        Some templates show a system text or tools only while the last message is a question (Mistral's).
+        Others open a thought in the prompt and show none (R1's): what the model writes there is the rest
+        of the thought, then the answer.
+        """
+        prompt, before = chat.prompt(number), chat.before_answer(number)
+        if prompt is None or before is None:
             return None
+        opening = OPENED.search(prompt)
+        head = prompt if opening is None else prompt[: opening.start()]
+        start = self._follows(head, before)
+        if start is None:
+            return None
+        answer = chat.text(number + 1)[start:]
+        if opening is not None:
+            answer = _rest_of_thought(chat.messages[number], answer)
+        text = prompt + answer
+        turns = self._turns(chat, number, text)
+        return text, [*turns, self._close(number, len(prompt), len(text), text)]
+
+    def _follows(self, head: str, before: str) -> int | None:
+        """Where in `before` an answer begins that stands after `head` at inference: after the longest end
+        of `head` that is found near the end of `before` and has a control token in it."""
+        cuts = range(len(before), max(0, len(before) - LEAD), -1)
+        size, cut = max((_shared(head[::-1], before[:cut][::-1]), cut) for cut in cuts) if cuts else (0, 0)
+        return cut if size and self.tokenizer.control_spans(head[-size:]) else None
 
     def _close(self, number: int, first: int, end: int, text: str) -> Turn:
         """The turn's end: after the last control token in it, else after one that follows at once
@@ -238,12 +291,134 @@ class ChatTemplate:
         return Turn(number, first, end, closed=False)
 
 
-def _not_kept(number: int, place: str) -> TemplateError:
+class _Chat:
+    """A conversation on its way through a template: markers hidden once, each text made once.
+
+    messages   as the template sees them
+    marks      what `{% generation %}` marks in the text of the messages before this number
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        place: str = "",
+        now: datetime | None = None,
+    ) -> None:
+        self.template, self.place = template, place
+        self.messages = [template._hidden_message(message) for message in messages]
+        tools = _hidden(list(tools), template.tokenizer.hide) if tools else None
+        self._variables = template._variables(now or template.now) | {"tools": tools}
+        self._texts: dict[tuple[int, bool], str] = {}
+        self.refusals: dict[int, TemplateError] = {}
+        self.marks: dict[int, list[tuple[int, int]]] = {}
+
+    def text(self, upto: int, *, generation: bool = False) -> str:
+        """The first messages as the template writes them, with the generation prompt if wanted."""
+        if (upto, generation) not in self._texts:
+            text, marks = self._render(self.messages[:upto], generation)
+            self._texts[upto, generation] = text
+            self.marks |= {} if generation else {upto: marks}
+        return self._texts[upto, generation]
+
+    def prompt(self, upto: int) -> str | None:
+        """The text that inference feeds before an answer; None if the template refuses to."""
+        if upto in self.refusals:
+            return None
+        try:
+            return self.text(upto, generation=True)
+        except TemplateError as error:
+            self.refusals[upto] = error
+            return None
+
+    def before_answer(self, number: int) -> str | None:
+        """What stands before an answer where it is shown: what another answer shares with it."""
+        other = {"role": "assistant", "content": OTHER}
+        try:
+            shown, _ = self._render([*self.messages[:number], other], generation=False)
+            text = self.text(number + 1)
+        except TemplateError:
+            return None
+        return text[: _shared(text, shown)]
+
+    def first_text(self, upto: int, *, generation: bool = False) -> str:
+        """As `text`; a refusal says what about the messages is refused, and what to do."""
+        try:
+            return self.text(upto, generation=generation)
+        except TemplateError as error:
+            fix = self._remedy(upto, generation)
+            raise error if fix is None else TemplateError(error.problem, fix=fix) from None
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], generation: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        given = {"messages": list(messages), "add_generation_prompt": generation}
+        return self.template._compiled.render_marked(self._variables | given, place=self.place)
+
+    def _remedy(self, upto: int, generation: bool) -> str | None:
+        """What to do about messages that are refused: the smallest change after which they are not."""
+        messages = self.messages[:upto]
+        if not any(message["role"] == "user" for message in messages):
+            return "The chat has no user message: add the question."
+        if messages[0]["role"] == "assistant":
+            return "The chat begins with an answer: begin it with a user message."
+        twice = [i for i, (a, b) in enumerate(pairwise(messages), 2) if a["role"] == b["role"] != "tool"]
+        without = [message for message in messages if message["role"] != "system"]
+        if len(without) < len(messages) and self._takes(without, generation):
+            return (
+                "The template takes no system message, or only as the first: put its text at the "
+                "beginning of the first question, or give another `data.chat_template`."
+            )
+        if twice:
+            role = messages[twice[0] - 1]["role"]
+            return (
+                f"Messages {twice[0] - 1} and {twice[0]} are both of the {role}: make them one, or give "
+                "another `data.chat_template`."
+            )
+        plain = [
+            {key: item for key, item in message.items() if key != "tool_calls"}
+            for message in messages
+            if message["role"] != "tool" and not message.get("tool_calls")
+        ]
+        if len(plain) < len(messages):
+            return (
+                "The template may take no tool calls or answers of tools, or not in this order: look at "
+                "them, or give another `data.chat_template`."
+            )
+        return None
+
+    def _takes(self, messages: Sequence[Mapping[str, Any]], generation: bool) -> bool:
+        try:
+            self._render(messages, generation)
+        except TemplateError:
+            return False
+        return True
+
+
+def _rest_of_thought(message: Mapping[str, Any], answer: str) -> str:
+    """What follows an opened `<think>`: the message's thought, then its answer as the template shows it."""
+    thought = str(message.get("reasoning_content", ""))
+    if "</think>" in message["content"]:
+        thought = thought or message["content"].partition("</think>")[0].removeprefix("<think>")
+        # It may be shown, but not as the model writes it.
+        answer = answer.partition("</think>")[2] if "</think>" in answer else answer
+    return thought.strip("\n") + "\n</think>\n\n" + answer.lstrip("\n")
+
+
+def _not_kept(chat: _Chat, number: int) -> TemplateError:
+    refusal = chat.refusals.get(number)
+    if refusal is not None:
+        return TemplateError(
+            f"{refusal.problem}; that is what comes before message {number + 1}, an answer",
+            fix="Begin the chat with a user message, set `data.train_on: last_assistant`, or give another "
+            "`data.chat_template`.",
+        )
     return TemplateError(
-        f"{place + ': ' if place else ''}the chat template does not keep what comes before message "
-        f"{number + 1}: with the answer added, the text before it is another than inference would feed",
-        fix="Set `data.train_on: last_assistant`, or give a template that keeps it with "
-        "`data.chat_template`.",
+        f"{chat.place + ': ' if chat.place else ''}the chat template does not keep what comes before "
+        f"message {number + 1}: with the answer added, the text before it is another than inference would "
+        "feed",
+        fix="Give a template that keeps it with `data.chat_template`, or train on `all`.",
     )
 
 

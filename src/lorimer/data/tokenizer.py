@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import tokenizers
@@ -33,6 +34,21 @@ class Piece:
 
     text: str
     trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What markers begin and end with; parts that may be words of their own are not among them."""
+
+    heads: frozenset[str]
+    tails: frozenset[str]
+    longest: int
+
+    @classmethod
+    def of(cls, markers: Iterable[str]) -> _Parts:
+        heads = {m[:n] for m in markers if not m[0].isalnum() for n in range(1, len(m))}
+        tails = {m[n:] for m in markers if not m[-1].isalnum() for n in range(1, len(m))}
+        return cls(frozenset(heads), frozenset(tails), max(map(len, heads | tails), default=0))
 
 
 class Tokenizer:
@@ -62,8 +78,11 @@ class Tokenizer:
         self._private = {token: f"\ue000{self._nonce}{n:x}\ue001" for n, token in enumerate(self._added)}
         self._alias = {token: f"\ue002{self._nonce}{n:x}\ue003" for n, token in enumerate(self._added)}
         self._spelled = {alias: token for token, alias in self._alias.items()}
-        self._marker = _any_of(self._added)
-        self._special = _any_of([token for token, facts in self._added.items() if facts["special"]])
+        self._numbers = count(len(self._alias))
+        special = [token for token, facts in self._added.items() if facts["special"]]
+        self._marker, self._special = _any_of(self._added), _any_of(special)
+        self._words = _any_of([token for token in self._added if token not in special])
+        self._parts, self._special_parts = _Parts.of(self._added), _Parts.of(special)
         self._aliased = re.compile(f"\ue002{self._nonce}[0-9a-f]+\ue003")
         self._named = re.compile(f"\ue000{self._nonce}[0-9a-f]+\ue001")
         self._prefix = _prefix_scheme(described)
@@ -184,11 +203,40 @@ class Tokenizer:
     def hide(self, text: str, *, own_words: bool = False) -> str:
         """Swap markers spelled in a message for aliases, so that a template's own stand out.
 
-        `own_words`: in an assistant's message the added tokens that are not control tokens
-        (`<think>`, `<tool_call>`) stay, because the model itself writes them.
+        Parts of a marker at the text's two ends are swapped too: what a template puts beside them could
+        make them whole. `own_words`: in an assistant's message the added tokens that are not control
+        tokens (`<think>`, `<tool_call>`) stay, because the model itself writes them.
         """
-        pattern = self._special if own_words else self._marker
-        return pattern.sub(lambda match: self._alias[match.group()], text) if pattern else text
+        pattern, parts = (self._special, self._special_parts) if own_words else (self._marker, self._parts)
+        if pattern is None:
+            return text
+        text = pattern.sub(lambda match: self._alias[match.group()], text)
+        if not own_words or self._words is None:
+            return self._hide_ends(text, parts)
+        # A template may take the thought out of an answer: its neighbours have ends of their own.
+        words, rest = self._words.findall(text), self._words.split(text)
+        hidden = [self._hide_ends(part, parts) for part in rest]
+        return "".join(part + word for part, word in zip(hidden, [*words, ""], strict=True))
+
+    def _hide_ends(self, text: str, parts: _Parts) -> str:
+        """Aliases for a beginning of a marker at the text's end and an end of one at its beginning, white
+        space aside: a template may trim it."""
+        body = text.rstrip()
+        for size in range(min(len(body), parts.longest), 0, -1):
+            if body[-size:] in parts.heads:
+                text = body[:-size] + self._alias_of(body[-size:]) + text[len(body) :]
+                break
+        body = text.lstrip()
+        for size in range(min(len(body), parts.longest), 0, -1):
+            if body[:size] in parts.tails:
+                return text[: len(text) - len(body)] + self._alias_of(body[:size]) + body[size:]
+        return text
+
+    def _alias_of(self, part: str) -> str:
+        if part not in self._alias:
+            self._alias[part] = f"\ue002{self._nonce}{next(self._numbers):x}\ue003"
+            self._spelled[self._alias[part]] = part
+        return self._alias[part]
 
     def show(self, text: str) -> str:
         """The text with its aliases spelled out again."""

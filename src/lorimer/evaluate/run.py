@@ -120,11 +120,12 @@ def evaluate_rows(
     """
     if not conversations:
         raise DataError("there are no rows to evaluate", fix="Give a file with held-out rows.")
-    examples = [model.template.encode(conversation, train_on) for conversation in conversations]
+    parts = [model.template.examples(conversation, train_on) for conversation in conversations]
+    examples = [part[-1] for part in parts]  # the longest of each row
     turns = [_last_answer(conversation) for conversation in conversations]
     asked = [row for row, turn in enumerate(turns) if turn is not None]
     total = len(conversations) + len(asked)
-    losses = _losses(model, examples, lambda done: on_progress(done, total))
+    losses = _row_losses(model, parts, lambda done: on_progress(min(done, len(parts)), total))
     answers: dict[int, str] = {}
     for part in _batches(asked, conversations, examples, batch_size):
         prompts = [conversations[row].messages[: turns[row]] for row in part]
@@ -134,7 +135,9 @@ def evaluate_rows(
         answers |= zip(part, model.generate(prompts, **settings), strict=True)
         on_progress(len(conversations) + len(answers), total)
     rows = [
-        _row(conversation, turn, answers.get(row), losses[row], int(examples[row].trained.sum()))
+        _row(
+            conversation, turn, answers.get(row), losses[row], sum(int(e.trained.sum()) for e in parts[row])
+        )
         for row, (conversation, turn) in enumerate(zip(conversations, turns, strict=True))
     ]
     return Scores(tuple(rows), _metrics(rows), name, max_new_tokens, seed)
@@ -150,8 +153,16 @@ def _last_answer(conversation: Conversation) -> int | None:
     return None if number == 0 or messages[number].tool_calls else number
 
 
+def _row_losses(
+    model: Scored, parts: Sequence[Sequence[Example]], on_done: Callable[[int], None]
+) -> list[float]:
+    """The sum of nats of each row, which has one example or several."""
+    sums = iter(_losses(model, [example for part in parts for example in part], on_done))
+    return [math.fsum(next(sums) for _ in part) for part in parts]
+
+
 def _losses(model: Scored, examples: Sequence[Example], on_done: Callable[[int], None]) -> list[float]:
-    """The sum of nats of each row, in order."""
+    """The sum of nats of each example, in order."""
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
     sums = [0.0] * len(examples)
     for start in range(0, len(order), LOSS_ROWS):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +83,7 @@ from lorimer.train.trackers import Trackers, open_trackers
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
 LISTED = 200  # rows of a kind that run.json lists
 ENDLESS = 10**9  # steps of a run that only time ends
+STAMP = "%Y-%m-%dT%H:%M:%S%z"
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ def train(
     with ExitStack() as held:
         if run is not None:
             held.enter_context(run.locked())
-        session = Session(config, reporter)
+        session = Session(config, reporter, run)
         if profile is not None:
             session.plan_profile(profile, run)
         session.check_room()
@@ -169,7 +171,7 @@ class Session:
 
     run: RunFolder
 
-    def __init__(self, config: RunConfig, reporter: Reporter) -> None:
+    def __init__(self, config: RunConfig, reporter: Reporter, resumed: RunFolder | None = None) -> None:
         """Load everything and write nothing: what is wrong with the input leaves no trace."""
         self.config, self.reporter = config, reporter
         started = time.perf_counter()
@@ -181,6 +183,9 @@ class Session:
         self.place = choose_place(config.train.device, config.train.dtype)
         tokenizer = Tokenizer.from_base(self.base)
         self.template = ChatTemplate(self._template_source(), tokenizer)
+        # A template may write the day into each prompt: a run that goes on keeps the day it was begun on.
+        begun = resumed.read_record().get("started") if resumed else None
+        self.template.now = datetime.strptime(begun, STAMP) if begun else datetime.now().astimezone()
         self.data: Prepared = prepare(config.data, self.template, seed=config.train.seed)
         self.stream = StepStream(
             rows=len(self.data.train),
@@ -446,7 +451,7 @@ class Session:
             base_fingerprint=self.progress.base_fingerprint,
             data_hash=self.progress.data_hash,
             template_hash=self.template.hash,
-            started=self.run.read_record().get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            started=self.template.now.strftime(STAMP) if self.template.now else None,
             load_seconds=self.seconds["load"],
             planned_memory=self.plan.memory.parts() | {"peak": self.plan.memory.peak},
             info=info,
@@ -688,7 +693,7 @@ class Session:
             eval_seconds=self.seconds["eval"],
             save_seconds=self.seconds["save"],
             peak_memory_bytes=peak_memory(self.place.device),
-            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            finished=time.strftime(STAMP),
         )
         self._diagnose()
         try:

@@ -210,23 +210,27 @@ def _inference(subject: Subject) -> str:
     """What is fed for an answer is what training put before it."""
     template, train_on = subject.model.template, subject.config.data.train_on
     looked = 0
-    for conversation, example in subject.data.looked_at:
+    for conversation, examples in subject.data.looked_at:
         messages = conversation.messages
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         for i in answers if train_on == "assistant" else answers[-1:]:
             fed = template.prompt_ids(messages[:i], conversation.tools)
-            seen = list(example.ids[: len(fed)])
-            if seen != fed[: len(example.ids)]:
-                place = next(
-                    (n for n, (a, b) in enumerate(zip(seen, fed, strict=False)) if a != b), len(seen)
-                )
+            place = max(_alike(example, fed) for example in examples)
+            if place < len(fed):
                 raise _Failed(
-                    f"{example.place}: the ids before message {i + 1} are not those that inference feeds: "
-                    f"they part at token {place + 1}",
+                    f"{conversation.place}: the ids before message {i + 1} are not those that inference "
+                    f"feeds: they part at token {place + 1}",
                     "Give a template that keeps what comes before an answer as `data.chat_template`.",
                 )
             looked += 1
     return f"{looked:,} prompts are what inference feeds" if looked else "there are no chats"
+
+
+def _alike(example: Example, fed: Sequence[int]) -> int:
+    """How many of a prompt's first ids an example begins with: all of them, if what is trained follows."""
+    seen = example.ids[: len(fed)]
+    part = next((n for n, (a, b) in enumerate(zip(seen, fed, strict=False)) if a != b), len(seen))
+    return part if part < len(fed) or example.trained[part : part + 1].any() else len(fed) - 1
 
 
 def _apart(one: Tensor, other: Tensor, dtype: torch.dtype) -> float | None:
@@ -343,7 +347,8 @@ def _leaks(subject: Subject) -> str:
     if not held:
         return "there are no held-out rows"
     train, template = subject.data.train, subject.model.template
-    test = [template.encode(conversation, subject.config.data.train_on) for conversation in held]
+    train_on = subject.config.data.train_on
+    test = [example for conversation in held for example in template.examples(conversation, train_on)]
     known = {row.ids.tobytes(): row.place for row in train}
     same = [f"{row.place} = {known[row.ids.tobytes()]}" for row in test if row.ids.tobytes() in known]
     if same:

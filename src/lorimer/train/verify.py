@@ -148,6 +148,7 @@ def replayed(run: RunFolder) -> str:
         again = RunFolder(Path(scratch) / "run")
         again.checkpoints.mkdir(parents=True)
         shutil.copyfile(run.config, again.config)
+        shutil.copyfile(run.record, again.record)
         if first:
             shutil.copytree(run.checkpoint(first), again.checkpoint(first))
         losses = _redo(config, again, last)
@@ -170,7 +171,7 @@ def _redo(config: RunConfig, run: RunFolder, last: int) -> list[tuple[int, float
     from lorimer.train.loop import Session
 
     quiet = config.model_copy(update={"output": config.output.model_copy(update={"trackers": []})})
-    session = Session(quiet, Silent())
+    session = Session(quiet, Silent(), run)
     session.run = run
     try:
         with torch.random.fork_rng(devices=[]):
