@@ -101,6 +101,8 @@ def measure(
         started=time.time(),
     )
     command = lorimer_cli.command(job, str(base))
+    if point.width:  # control tokens of random weights were never trained, and preflight says so
+        command += ["--skip-preflight", "embeddings"]
     env = process.environment(point.threads, scratch)
     started = time.perf_counter()
     code, peak, _ = process.run_process(command, env, log, args.limit)

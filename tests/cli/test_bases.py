@@ -71,7 +71,7 @@ def test_show_a_base(call: Call, tmp_path: Path) -> None:
     lines = dict(line.strip().split("  ", 1) for line in out.splitlines()[1:] if "  " in line.strip())
     assert (code, out.splitlines()[0]) == (0, "tiny")
     wanted = {"about": "a tiny base", "architecture": "llama, 1 layers of 256", "licence": "MIT"}
-    wanted |= {"tokenizer": "BPE (gpt2), 40 tokens", "path": str(path), "longest": "512 tokens"}
+    wanted |= {"tokenizer": "BPE (gpt2, gpt-2), 40 tokens", "path": str(path), "longest": "512 tokens"}
     assert {key: lines[key].strip() for key in wanted} == wanted
     assert "chat template yes" in out
     assert json.loads(call("show", "tiny", "--json")[1])["fingerprint"] in out

@@ -61,7 +61,7 @@ def _sizes(files: Facts) -> dict[str, int]:
 def describe_base(base: BaseFiles) -> Facts:
     manifest = _manifest(base.path)
     config = base.config
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
     return {
         "kind": "base",
         "name": manifest.get("name") or base.path.name,
@@ -69,8 +69,8 @@ def describe_base(base: BaseFiles) -> Facts:
         "path": str(base.path),
         "format": base.kind,
         "architecture": config.get("model_type"),
-        "layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
+        "layers": config.get("num_hidden_layers", config.get("n_layer")),
+        "hidden_size": config.get("hidden_size", config.get("n_embd")),
         "max_tokens": positions if isinstance(positions, int) else None,
         "parameters": base.parameters,
         "bytes": base.nbytes,
@@ -80,6 +80,7 @@ def describe_base(base: BaseFiles) -> Facts:
         "licence": manifest.get("licence") or config.get("license"),
         "source": manifest.get("source"),
         "fingerprint": base.fingerprint(),
+        "config": config,
     }
 
 

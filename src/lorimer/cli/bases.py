@@ -60,13 +60,17 @@ def show(
     ],
     json: Json = False,
 ) -> None:
-    """What a base or an adapter is: architecture, size, tokenizer, licence.
+    """What a base or an adapter is: architecture, parameters by part, tokenizer, licence, and what runs it.
 
     Example: lorimer show smollm2-135m
     """
     from lorimer.bases.describe import describe
 
     facts = describe(what)
+    if facts["kind"] == "base":
+        from lorimer.model.about import computed
+
+        facts |= computed(facts.pop("config"), facts["path"])
     if json:
         _print(facts)
         return
@@ -112,7 +116,10 @@ def _base_lines(facts: Facts) -> list[tuple[str, str]]:
     lines = [
         ("about", facts["about"]),
         ("architecture", f"{facts['architecture']}, {facts['layers']} layers of {facts['hidden_size']}"),
+        ("heads", facts["heads"]),
         ("parameters", f"{facts['parameters']:,}"),
+        ("", _parts(facts["parts"]) if facts["parts"] else None),
+        ("runs", "natively" if facts["native"] else f"not natively: {facts['why']}"),
         ("weights", f"{facts['format']}, {size(facts['bytes'])}: {types}"),
         ("tokenizer", facts["tokenizer"] or "none"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
@@ -123,6 +130,13 @@ def _base_lines(facts: Facts) -> list[tuple[str, str]]:
         ("path", facts["path"]),
     ]
     return [(title, text) for title, text in lines if text is not None]
+
+
+def _parts(parts: dict[str, int]) -> str:
+    """`embedding 28.3 M, attention 26.5 M, mlp 79.6 M, norms 0.0 M, head is the embedding`."""
+    counts = [f"{name} {count / 1e6:,.1f} M" for name, count in parts.items() if name != "head"]
+    head = f"head {parts['head'] / 1e6:,.1f} M" if parts["head"] else "head is the embedding"
+    return ", ".join([*counts, head])
 
 
 def _adapter_lines(facts: Facts) -> list[tuple[str, str]]:

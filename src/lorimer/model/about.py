@@ -1,0 +1,48 @@
+"""What lorimer computes of a base, as plain facts for `lorimer show`; no weight is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorimer.errors import BaseError
+from lorimer.model.families import read_spec
+from lorimer.model.spec import ModelSpec
+
+
+def computed(config: dict[str, Any], path: str) -> dict[str, Any]:
+    """`native`: whether lorimer's own decoder runs it, `why` if not; `parts`: numbers by part."""
+    try:
+        spec = read_spec(config, path=path)
+    except BaseError as error:
+        return {"native": False, "why": error.problem, "parts": None, "heads": None}
+    turning = f"{spec.heads} of {spec.head_dim}"
+    return {
+        "native": True,
+        "why": None,
+        "parts": parts(spec),
+        "heads": turning if spec.kv_heads == spec.heads else f"{turning}, {spec.kv_heads} for keys",
+    }
+
+
+def parts(spec: ModelSpec) -> dict[str, int]:
+    """Numbers by part; a head that is the embedding counts as 0."""
+    attention = units = 0
+    for layer in range(spec.layers):
+        for group in spec.groups(layer):
+            size = sum(group.rows) * (group.inputs + group.bias)
+            attention += size if group.attention else 0
+            units += 0 if group.attention else size
+    mixture = spec.experts
+    routers = len(mixture.layers) * mixture.count * spec.hidden_size if mixture else 0
+    norms = spec.hidden_size + spec.layers * sum(size for _, size in spec.norms())
+    table = spec.vocab_size * spec.hidden_size
+    found = {
+        "embedding": table,
+        "positions": spec.learned_positions * spec.hidden_size,
+        "attention": attention,
+        "experts" if mixture else "mlp": units,
+        "routers": routers,
+        "norms": norms * spec.norm_numbers,
+        "head": 0 if spec.tied_head else table,
+    }
+    return {name: count for name, count in found.items() if count or name == "head"}

@@ -1,0 +1,26 @@
+"""What `lorimer show` says of a base, without reading a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorimer.model.about import computed
+from model_cases import CASES
+from tiny import make_tiny
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts_add_up_to_the_parameters_of_the_files(name: str, tmp_path: Path) -> None:
+    family, changes = CASES[name]
+    tiny = make_tiny(tmp_path, family, **changes)
+    facts = computed(tiny.base.config, "x")
+    assert facts["native"] is True
+    assert sum(facts["parts"].values()) == tiny.base.parameters
+
+
+def test_what_is_not_native_says_why() -> None:
+    facts = computed({"model_type": "bloom"}, "x")
+    assert (facts["native"], facts["parts"]) == (False, None)
+    assert "`bloom`" in facts["why"]
