@@ -60,6 +60,7 @@ PARTS = {
     ),
     "generation": Part("Greedy decoding", "New tokens a second, one row and sixteen.", ("generation.py",)),
     "kernels": Part("Kernels", "Each beside torch's own operation and beside the peak.", ("kernels.py",)),
+    "families": Part("Families", "Each beside SmolLM2's shape, at equal arithmetic.", ("families.py",)),
     "scaling": Part("How cost grows", "Seconds a token and peak memory.", ("scaling.py",)),
 }
 
@@ -70,7 +71,14 @@ def kernel_table(everything: dict[str, Any]) -> str:
     return kernels.table(everything)
 
 
+def family_table(everything: dict[str, Any]) -> str:
+    import families  # imports torch and lorimer
+
+    return families.table(everything)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "families": family_table,
     "training": report.training_table,
     "generation": generation.table,
     "kernels": kernel_table,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorimer.bases.open import open_base
-from lorimer.config import LoraConfig
+from lorimer.config import LoraConfig, QuantConfig
 from lorimer.errors import AdapterError, StorageError, UserError
 from lorimer.lora import merge as merging
 from lorimer.lora.adapter import attach_adapter, new_adapter, read_adapter
@@ -78,6 +78,19 @@ def test_merged_equals_live(name: str, tmp_path: Path) -> None:
     assert apart(model, tiny.decoder) < 2e-6
     assert apart(load_decoder(open_base(tmp_path / "out"), FP32), tiny.decoder) < 2e-6
     assert model.config.tie_word_embeddings is tiny.hf.config.tie_word_embeddings
+
+
+@pytest.mark.trap(51)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_into_the_quantised_numbers_equals_live(family: str, kind: str, tmp_path: Path) -> None:
+    """Every family's weights in quantised storage are the numbers that merging says they are."""
+    tiny = make_tiny(tmp_path / "base", family)
+    quant = QuantConfig(kind=kind, block_size=64, embeddings=True)
+    live = Tiny(tiny.folder, tiny.hf, tiny.base, load_decoder(tiny.base, FP32, quant))
+    adapter = adapted(live, r=2)
+    merge(live.base, live.decoder.spec, adapter, tmp_path / "out", dtype="fp32", quant=quant)
+    assert apart(load_decoder(open_base(tmp_path / "out"), FP32), live.decoder) < 2e-6
 
 
 @pytest.mark.trap(39)

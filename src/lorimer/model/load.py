@@ -26,6 +26,7 @@ from lorimer.model.order import file_order, lies_across, stack_order, weight_ord
 from lorimer.model.parts import Experts, Layer, NormSlot, Projections, Table
 from lorimer.model.rope import Ropes
 from lorimer.model.spec import Group, ModelSpec
+from lorimer.model.tensors import check_tensors
 from lorimer.quant import bnb
 from lorimer.quant.gguf_blocks import BLOCKS, dequantise
 from lorimer.quant.linear import DenseLinear, FrozenLinear, QuantLinear
@@ -341,6 +342,7 @@ def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTIS
             fix="Write `quant: nf4` to quantise it as it is loaded, or leave `quant` out.",
             path=base.path,
         )
+    check_tensors(base, spec)
     decoder = assemble(FileReader(spec, place, quant, base))
     give_back_freed_memory()
     return decoder
