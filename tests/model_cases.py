@@ -94,6 +94,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         FALCON_MANY,
     ),
+    "glm4": ("glm4", {}),
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe, not renormalised": ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),

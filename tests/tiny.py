@@ -84,6 +84,7 @@ DIFFERS: dict[str, dict[str, Any]] = {
     },
     "opt": {"ffn_dim": 52, "word_embed_proj_dim": 36},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 52, "bias": True},
+    "glm4": {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_key_value_heads": 3, "num_experts": 5, "num_experts_per_tok": 2}
     | {"moe_intermediate_size": 20, "mlp_only_layers": [1], "norm_topk_prob": True},

@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "gpt_neox": "GPTNeoX",
     "opt": "OPT",
     "falcon": "Falcon",
+    "glm4": "Glm4",
 }
 
 

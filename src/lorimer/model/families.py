@@ -335,6 +335,22 @@ def opt(config: Config) -> ModelSpec:
     return replace(spec, qkv_bias=bias, output_bias=bias, mlp_bias=bias)
 
 
+def glm4(config: Config) -> ModelSpec:
+    """GLM-4: norms before and after each part, gate and up in one weight, pairs of half a head turn."""
+    names = Names(
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_norm="post_attention_layernorm",
+        up=("mlp.gate_up_proj",),
+        mlp_post_norm="post_mlp_layernorm",
+    )
+    return make_spec(
+        with_defaults(config, partial_rotary_factor=0.5, head_dim=128),
+        qkv_bias=bool(config.get("attention_bias", True)),
+        rope_pairs=True,
+        names=names,
+    )
+
+
 def falcon(config: Config) -> ModelSpec:
     """Falcon 7B, 40B and 11B: attention and unit side by side, few key/value heads, one fused weight."""
     if config.get("alibi"):
@@ -393,6 +409,7 @@ FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
     "gpt_neox": gpt_neox,
     "opt": opt,
     "falcon": falcon,
+    "glm4": glm4,
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
 }
