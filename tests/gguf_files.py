@@ -29,8 +29,14 @@ def write_model(
     extra: Mapping[str, np.ndarray] = {},
     without: Sequence[str] = (),
     metadata: Mapping[str, Any] = {},
+    tokens: Sequence[str] = [f"t{n}" for n in range(VOCAB)],
+    bare: bool = False,
+    fused: bool = False,
 ) -> Path:
-    """One layer in llama.cpp's names; `metadata` adds or replaces plain integers and strings."""
+    """One layer in llama.cpp's names; `metadata` adds or replaces plain integers and strings.
+
+    `bare` has the `extra` tensors alone; `fused` query, key and value as one.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     numbers: dict[str, Any] = {
         "context_length": 512,
@@ -47,9 +53,8 @@ def write_model(
     for key, value in (keys | dict(metadata)).items():
         if value is None:
             continue
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key, value)
-    writer.add_array("tokenizer.ggml.tokens", [f"t{n}" for n in range(VOCAB)])
+        add_entry(writer, key, value)
+    writer.add_array("tokenizer.ggml.tokens", list(tokens))
     writer.add_string("tokenizer.ggml.model", "gpt2")
     if "tokenizer.ggml.pre" not in metadata:
         writer.add_string("tokenizer.ggml.pre", "gpt-2")
@@ -65,19 +70,20 @@ def write_model(
         "blk.0.ffn_down": (HIDDEN, INNER),
     }
     kind = GGMLQuantizationType[dtype]
+    parts = [f"blk.0.attn_{part}" for part in "qkv"]
+    if fused:
+        raw = np.concatenate([matrix(dtype, *shapes[n], list(shapes).index(n)) for n in parts])
+        writer.add_tensor("blk.0.attn_qkv.weight", raw, raw_shape=raw.shape, raw_dtype=kind)
+        without = [*without, *parts]
     for seed, (name, (rows, columns)) in enumerate(shapes.items()):
-        if name not in without:
+        if name not in without and not bare:
             raw = matrix(dtype, rows, columns, seed)
             writer.add_tensor(f"{name}.weight", raw, raw_shape=raw.shape, raw_dtype=kind)
-    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+    for name in () if bare else ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
         writer.add_tensor(f"{name}.weight", np.full(HIDDEN, 0.5, np.float32))
     for name, value in extra.items():
         writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return _finished(writer)
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any], architecture: str = "llama") -> Path:
@@ -108,7 +114,7 @@ def _finished(writer: gguf.GGUFWriter) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Path(writer.path)
+    return Path(str(writer.path))
 
 
 def text(value: str | bytes) -> bytes:

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from gguf_files import HEAD, HEADS, HIDDEN, INNER, KV_HEADS, VOCAB, write_model
-from lorimer.bases.open import hugging_face_name, open_base
+from lorimer.bases.gguf_names import hugging_face_name
+from lorimer.bases.open import open_base
 from lorimer.errors import BaseError
 
 NAMES = [

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.hard_strings import HARD
-from lorimer.bases.open import hugging_face_name, llama_cpp_name, open_base
+from lorimer.bases.gguf_names import hugging_face_name, llama_cpp_name
+from lorimer.bases.open import open_base
 from lorimer.data.template import ChatTemplate
 from lorimer.data.tokenizer import Tokenizer
 from lorimer.errors import AdapterError, BaseError, StorageError, UserError

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from lorimer.bases.gguf import GgufFile, TensorEntry
+from lorimer.bases.gguf_config import Reading, read_config
+from lorimer.bases.gguf_names import Piece, architecture_of, pieces
 from lorimer.bases.mapped import Bytes
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.errors import BaseError
@@ -33,7 +35,7 @@ COMPUTES = (
 class BaseFiles(ABC):
     """The files of a base. Tensor names are those of Hugging Face.
 
-    A GGUF file's query and key rows of Llama shapes lie interleaved; model/load.py puts them right.
+    A GGUF file's rows of query and key may lie in llama.cpp's order; model/order.py puts them right.
     """
 
     path: Path
@@ -236,45 +238,9 @@ class FolderBase(BaseFiles):
         return file
 
 
-# llama.cpp's names for what Hugging Face calls otherwise.
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def hugging_face_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
-    parts = name.split(".")
-    if parts[0] in TOP_NAMES and len(parts) == 2:
-        return f"{TOP_NAMES[parts[0]]}.{parts[1]}"
-    if parts[0] == "blk" and len(parts) == 4 and parts[2] in LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{parts[3]}"
-    return name
-
-
-def llama_cpp_name(name: str) -> str | None:
-    """The inverse: `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`; None if unknown."""
-    module, _, kind = name.rpartition(".")
-    for short, long in TOP_NAMES.items():
-        if module == long:
-            return f"{short}.{kind}"
-    parts = module.split(".", 3)
-    if parts[:2] == ["model", "layers"] and len(parts) == 4:
-        for short, long in LAYER_NAMES.items():
-            if parts[3] == long:
-                return f"blk.{parts[2]}.{short}.{kind}"
-    return None
+# Tokens that end a turn, for files that name only the end of the text; llama.cpp looks for them too.
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+CONTROL_TOKEN = 3
 
 
 class GgufBase(BaseFiles):
@@ -292,100 +258,75 @@ class GgufBase(BaseFiles):
                 fix="Join them with llama.cpp's llama-gguf-split --merge, or choose a file in one part.",
                 path=path,
             )
-        self._names = {hugging_face_name(name): name for name in self._file.tensors}
-        self.tensors = {name: self._file.tensors[own] for name, own in self._names.items()}
-        self.config = self._config(metadata)
+        shapes = {name: entry.shape for name, entry in self._file.tensors.items()}
+        self._row = architecture_of(str(metadata.get("general.architecture")), shapes)
+        reading = Reading(self._row, metadata, shapes, self._numbers)
+        self.config = self._config(reading)
+        self._pieces = pieces(self._row, shapes, reading.qkv_rows)
+        self.tensors = {name: self._entry(piece) for name, piece in self._pieces.items()}
         self.tokenizer_config = {}
         self.generation_config = self._end_tokens(metadata)
         template = metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) else None
 
     def raw(self, name: str) -> Bytes:
-        return self._file.raw(self._names[name])
+        """The tensor's bytes as they lie in the file; norms to which llama.cpp added 1, without it."""
+        piece, entry = self._pieces[name], self.tensors[name]
+        raw = self._file.raw(piece.name)
+        if self._row.norm_offset and piece.name.endswith("norm.weight"):
+            if entry.dtype != "F32":
+                raise BaseError(f"`{piece.name}` is {entry.dtype} (wanted: F32)", path=self.path)
+            # Exact wherever it was added in float32: adding it again gives what the file has.
+            return (raw.view("<f4") - np.float32(self._row.norm_offset)).view(np.uint8)
+        first = piece.first * (entry.nbytes // _rows(entry.shape))
+        return raw[first : first + entry.nbytes]
+
+    def _entry(self, piece: Piece) -> TensorEntry:
+        whole = self._file.tensors[piece.name]
+        nbytes = whole.nbytes // _rows(whole.shape) * _rows(piece.shape)
+        return whole._replace(shape=piece.shape, nbytes=nbytes)
+
+    def _numbers(self, name: str) -> list[float]:
+        """A small tensor's numbers."""
+        if self._file.tensors[name].dtype != "F32":
+            raise ValueError(f"{name} as F32")
+        numbers: list[float] = self._file.raw(name).view("<f4").tolist()
+        return numbers
 
     def entry(self, key: str) -> bytes:
         """A metadata value as it lies in the file, its type in front."""
         return self._file.entry(key)
 
     def _end_tokens(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """The end of the text and the end of a turn or message, where the file names more than one."""
+        """The end of the text and the end of a turn or message, where there is more than one."""
         named = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+        if named[1] is None:
+            named += _turn_ends(metadata)
         tokens = list(dict.fromkeys(token for token in named if type(token) is int))
         return {"eos_token_id": tokens} if len(tokens) > 1 else {}
 
     def release(self) -> None:
         self._file.release()
 
-    def _config(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        architecture = str(metadata.get("general.architecture"))
-
-        def get(key: str, default: Any = None) -> Any:
-            return metadata.get(f"{architecture}.{key}", default)
-
+    def _config(self, reading: Reading) -> dict[str, Any]:
         try:
-            vocabulary, hidden = self.tensors["model.embed_tokens.weight"].shape
-            heads, layers = int(get("attention.head_count")), int(get("block_count"))
-            if layers > len(self.tensors):
-                raise ValueError(f"block_count {layers:,}")
-            size = int(get("attention.key_length") or get("rope.dimension_count") or hidden // heads)
-            self._check_rows("self_attn.q_proj", heads * size)
-            self._check_rows("self_attn.k_proj", int(get("attention.head_count_kv", heads)) * size)
-            self._check_rows("mlp.up_proj", int(get("feed_forward_length")))
-            config = {
-                "model_type": architecture,
-                "vocab_size": vocabulary,
-                "hidden_size": hidden,
-                "intermediate_size": int(get("feed_forward_length")),
-                "num_hidden_layers": layers,
-                "num_attention_heads": heads,
-                "num_key_value_heads": int(get("attention.head_count_kv", heads)),
-                "head_dim": size,
-                "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon", 1e-6)),
-                "max_position_embeddings": int(get("context_length", 2048)),
-                "rope_theta": float(get("rope.freq_base", 10_000.0)),
-                "rope_scaling": self._rope_scaling(get),
-                "tie_word_embeddings": "lm_head.weight" not in self.tensors,
-                "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
-                "sliding_window": get("attention.sliding_window"),
-                "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-                "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-                "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
-                "license": metadata.get("general.license"),
-            }
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            return read_config(reading)
+        except (KeyError, TypeError, ValueError, ArithmeticError, IndexError) as error:
+            named = reading.metadata.get("general.architecture")
             raise BaseError(
-                f"the GGUF file does not describe a language model that can be used ({architecture}: "
+                f"the GGUF file does not describe a language model that can be used ({named}: "
                 f"{error} is missing or wrong)",
                 path=self.path,
             ) from error
-        return config
 
-    def _check_rows(self, module: str, rows: int) -> None:
-        """Sizes in the metadata are believed only if the first layer has them: memory is taken by them."""
-        entry = self.tensors.get(f"model.layers.0.{module}.weight")
-        if entry is not None and entry.shape[0] != rows:
-            raise ValueError(f"{rows:,} rows of {module}, where there are {entry.shape[0]:,},")
 
-    def _rope_scaling(self, get: Any) -> dict[str, Any] | None:
-        """llama.cpp's scaling keys; a tensor of divisors (Llama 3.1) is LongRoPE with one list."""
-        if "rope_freqs.weight" in self.tensors:
-            if self.tensors["rope_freqs.weight"].dtype != "F32":
-                raise ValueError("rope_freqs.weight as F32")
-            divisors = self.raw("rope_freqs.weight").view("<f4").tolist()
-            return {
-                "rope_type": "longrope",
-                "short_factor": divisors,
-                "long_factor": divisors,
-                "attention_factor": 1.0,
-                "original_max_position_embeddings": int(get("context_length", 2048)),
-            }
-        kind = get("rope.scaling.type")
-        if kind in (None, "none"):
-            return None
-        scaling = {"rope_type": kind, "factor": get("rope.scaling.factor")}
-        original = get("rope.scaling.original_context_length")
-        if original:
-            scaling["original_max_position_embeddings"] = int(original)
-        if get("rope.scaling.attn_factor"):
-            scaling["attention_factor"] = float(get("rope.scaling.attn_factor"))
-        return scaling
+def _rows(shape: tuple[int, ...]) -> int:
+    """How many rows lie one after another; numbers count for themselves."""
+    return int(np.prod(shape[:-1])) if len(shape) > 1 else shape[0] if shape else 1
+
+
+def _turn_ends(metadata: Mapping[str, Any]) -> list[int]:
+    tokens, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(kinds, list) or len(tokens) != len(kinds):
+        return []
+    return [n for n, token in enumerate(tokens) if token in TURN_ENDS and kinds[n] == CONTROL_TOKEN]

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from lorimer.bases.gguf import TensorEntry
+from lorimer.bases.gguf_names import llama_cpp_name
 from lorimer.bases.gguf_write import data_bytes, encode_value, make_header, write_gguf
 from lorimer.bases.mapped import Bytes
-from lorimer.bases.open import GgufBase, llama_cpp_name
+from lorimer.bases.open import GgufBase
 from lorimer.errors import BaseError, LorimerError, UserError
 from lorimer.export.mix import FILE_TYPES, tensor_type
 from lorimer.export.source import Source
@@ -30,6 +31,7 @@ from lorimer.quant.gguf_encode import encode, encoded_bytes
 from lorimer.storage import check_space, make_folder, write_stream
 
 ROPE_DIVISORS = "rope_freqs.weight"
+WRITTEN = ("llama", "mistral", "qwen2", "qwen3")
 # llama.cpp's layout of the blocks; it refuses quantised files without it.
 QUANTISATION_VERSION = 2
 # Keys of a base's file that are not true of the merged one.
@@ -71,6 +73,16 @@ def heads_of(spec: ModelSpec, name: str) -> int | None:
     return {"q_proj": spec.heads, "k_proj": spec.kv_heads}.get(name.split(".")[-2])
 
 
+def check_family(source: Source) -> None:
+    """Raise BaseError for an architecture whose form in llama.cpp is read, and not written yet."""
+    if source.spec.family not in WRITTEN:
+        raise BaseError(
+            f"`{source.spec.family}` cannot be written as a GGUF file (can: {', '.join(WRITTEN)})",
+            fix="Use `--to merged`, and llama.cpp's convert_hf_to_gguf.py on that folder.",
+            path=source.base.path,
+        )
+
+
 def check_target(out: Path) -> None:
     """Raise UserError unless a new GGUF file can be made at `out`."""
     if out.suffix != ".gguf":
@@ -89,6 +101,7 @@ def export_gguf(source: Source, out: Path, kind: str) -> GgufReport:
     if kind not in FILE_TYPES:
         raise UserError(f"the type `{kind}` is not known", fix=f"Known: {', '.join(FILE_TYPES)}.")
     check_target(out)
+    check_family(source)
     tensors = _plan(source, kind)
     entries = _entries(source, kind, tensors)
     header = make_header(entries, tensors)

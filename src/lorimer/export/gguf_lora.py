@@ -13,10 +13,18 @@ from pathlib import Path
 from torch import Tensor
 
 from lorimer.bases.gguf import TensorEntry
+from lorimer.bases.gguf_names import llama_cpp_name
 from lorimer.bases.gguf_write import data_bytes, encode_value, make_header, write_gguf
-from lorimer.bases.open import llama_cpp_name
 from lorimer.errors import AdapterError, UserError
-from lorimer.export.gguf import GgufReport, architecture, check_target, heads_of, interleaved, interleaves
+from lorimer.export.gguf import (
+    GgufReport,
+    architecture,
+    check_family,
+    check_target,
+    heads_of,
+    interleaved,
+    interleaves,
+)
 from lorimer.export.mix import FILE_TYPES
 from lorimer.export.source import Source
 from lorimer.quant.gguf_encode import encode, encoded_bytes
@@ -34,6 +42,7 @@ def export_gguf_lora(source: Source, out: Path, kind: str = "f32") -> GgufReport
     if kind not in KINDS:
         raise UserError(f"the type `{kind}` is not one for an adapter", fix=f"Known: {', '.join(KINDS)}.")
     check_target(out)
+    check_family(source)
     _check_expressible(source)
     alpha, factors = _factors(source)
     dtype = FILE_TYPES[kind].dtype
