@@ -206,7 +206,7 @@ def test_fused_weights_are_cut_into_the_models_own() -> None:
     shapes = {
         "blk.2.attn_qkv.weight": (14, 5),
         "blk.2.attn_qkv.bias": (14,),
-        "blk.2.ffn_gate_up_exps.weight": (2, 6, 5),
+        "blk.2.ffn_up_exps.weight": (2, 6, 5),
     }
     found = pieces(row, shapes, (8, 3, 3))
     layer, experts = "model.layers.2.self_attn", "model.layers.2.mlp.experts"
