@@ -199,7 +199,8 @@ def activation_bytes(shape: Shape, tokens: int, trained: int) -> int:
 def workspace_bytes(shape: Shape, tokens: int, trained: int) -> int:
     """What the backward of one layer makes and drops: the gradient of its output, of the gated unit's
     output, of gate and up, and that output again; with a rung, what it computes again. Beside it the
-    head's: the normed states and their gradient."""
+    head's: the picked states of the last layer and of its heads, the normed ones, their gradient before
+    and after it is weighted, and the gradient of the states."""
     spec = shape.spec
     inner = inner_features(spec)
     layer = (spec.hidden_size + 2 * inner) * shape.size * tokens
@@ -207,7 +208,7 @@ def workspace_bytes(shape: Shape, tokens: int, trained: int) -> int:
         layer += inner * shape.size * tokens
     elif shape.recompute != "none":
         layer += tokens * token_bytes(shape, "none") + AGAIN_TOUCHED
-    return layer + (3 * spec.hidden_size * shape.size + 16) * trained
+    return layer + (6 * spec.hidden_size * shape.size + 16) * trained
 
 
 def preflight_bytes(shape: Shape) -> int:
