@@ -189,7 +189,7 @@ class Reader(ABC):
         files, rows = [f"{p}.weight" for p in paths], group.rows
         if group.files:
             files = [f"{self.spec.names.layers}.{layer}.{file}.weight" for file in group.files]
-            rows, orders = (sum(group.rows) // len(files),) * len(files), [None] * len(files)
+            rows, orders = group.parts, [None] * len(files)
         projections.linear.weight = self.weight(files, rows, group.inputs, orders)
         if group.bias:
             found = [

@@ -75,6 +75,11 @@ class Group(NamedTuple):
     files: tuple[str, ...] = ()  # the weights of a fused layer, where files have its parts
 
     @property
+    def parts(self) -> tuple[int, ...]:
+        """Rows of each weight of the files."""
+        return self.rows if not self.files else (sum(self.rows) // len(self.files),) * len(self.files)
+
+    @property
     def paths(self) -> list[str]:
         """Each layer's path within its layer."""
         return [f"{self.path}.{name}".removeprefix(".") for name in self.names]

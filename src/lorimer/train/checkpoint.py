@@ -18,7 +18,7 @@ from typing import Any
 
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.errors import ConfigError, StorageError
-from lorimer.lora.adapter import WEIGHTS
+from lorimer.lora.adapter import read_adapter
 from lorimer.lora.layers import Adapter
 from lorimer.run import RunFolder
 from lorimer.storage import remove_folder, verify_folder, write_folder, write_tensors
@@ -99,19 +99,11 @@ def read_progress(path: Path) -> Progress:
 
 def restore(path: Path, adapter: Adapter, optimizer: Optimizer) -> None:
     """Put a verified checkpoint's parameters and optimizer state in place."""
-    import torch
-
-    weights = SafetensorsFile(path / WEIGHTS)
-    by_name = {_own_name(name): name for name in weights.tensors}
-    if set(by_name) != set(adapter.tensors):
+    kept = read_adapter(path).tensors
+    if set(kept) != set(adapter.tensors):
         raise StorageError("the checkpoint's adapter does not fit this run's settings", path=path)
-    with torch.no_grad():
-        for name, tensor in adapter.tensors.items():
-            tensor.copy_(weights.tensor(by_name[name]))
+    for name, tensor in kept.items():
+        adapter.take(name, tensor)
     adapter.refresh()
     state = SafetensorsFile(path / OPTIMIZER)
     optimizer.restore({name: state.tensor(name) for name in state.tensors})
-
-
-def _own_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

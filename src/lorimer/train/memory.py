@@ -124,7 +124,7 @@ def layers_bytes(shape: Shape) -> int:
     spec = shape.spec
     total = spec.layers * FLOAT * spec.norm_numbers * sum(size for _, size in spec.norms())
     for group, copies in all_groups(spec).items():
-        total += copies * sum(stored_bytes(count, group.inputs, shape) for count in group.rows)
+        total += copies * sum(stored_bytes(count, group.inputs, shape) for count in group.parts)
         total += copies * sum(group.rows) * shape.size * group.bias
     if spec.experts is not None:
         total += FLOAT * len(spec.experts.layers) * spec.experts.count * spec.hidden_size

@@ -26,6 +26,7 @@ from lorimer.data.template import ChatTemplate, Example
 from lorimer.errors import PreflightError, UserError
 from lorimer.generate.model import Model
 from lorimer.lora.layers import Adapter
+from lorimer.lora.stacked import is_expert, parameter_of
 from lorimer.model.loss import pack_loss, pack_losses
 
 # Rows that are computed with, and the most tokens of each: a check takes a second, not a minute.
@@ -309,6 +310,9 @@ def _gradients(subject: Subject) -> str:
     with _Shaken(subject.adapter), subject.gradient(subject.packs(together=True)):
         tensors = subject.adapter.tensors.items()
         silent = [name for name, tensor in tensors if tensor.grad is None or not tensor.grad.any()]
+    # An expert that none of these few tokens takes has none; its neighbours must.
+    heard = {parameter_of(name.split(".lora_")[0]) for name, _ in tensors if name not in silent}
+    silent = [n for n in silent if not is_expert(p := n.split(".lora_")[0]) or parameter_of(p) not in heard]
     if silent:
         raise _Failed(
             f"{len(silent)} of {len(subject.adapter.tensors)} adapter tensors get no gradient: "
