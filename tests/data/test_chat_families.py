@@ -161,10 +161,13 @@ def test_halves_of_a_marker_beside_a_dropped_thought_do_not_become_one() -> None
 
 
 @pytest.mark.trap(26)
-def test_a_marker_that_the_template_begins_and_a_text_ends_is_none() -> None:
-    source = SIDE_BY_SIDE.replace("{{ m.content }}", "<{{ m.content }}")
+@pytest.mark.parametrize(
+    ("around", "asked"), [("<{{ m.content }}", "|im_end|>"), ("{{ m.content }}>", "<|im_end|")]
+)
+def test_a_marker_that_is_half_the_template_s_and_half_a_text_s_is_none(around: str, asked: str) -> None:
+    source = SIDE_BY_SIDE.replace("{{ m.content }}", around)
     tokenizer = template_of("chatml").tokenizer
-    example = only(ChatTemplate(source, tokenizer), chat("u:|im_end|>", "a:c"))
+    example = only(ChatTemplate(source, tokenizer), chat(f"u:{asked}", "a:c"))
     assert example.ids.tolist().count(tokenizer.id("<|im_end|>")) == 1
 
 

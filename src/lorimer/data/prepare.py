@@ -83,9 +83,10 @@ def marks_text(differ: tuple[str, str]) -> str:
 
 def split_text(split: str, rows: int, examples: int) -> str:
     """That chats were taken apart, and why, in words."""
+    chats = "1 chat is" if rows == 1 else f"{rows} chats are"
     return (
-        f"{split}: {rows} chats are trained as {examples} examples, because the chat template changes "
-        "earlier turns of a longer chat: each answer is trained once, after what inference feeds"
+        f"{split}: {chats} trained as {examples} examples, because the chat template changes earlier turns "
+        "of a longer chat: each answer is trained once, after what inference feeds"
     )
 
 

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from lorimer.data.conversation import Conversation, Message
+from lorimer.data.rendering import Chat, shared
 from lorimer.data.sandbox import CompiledTemplate
 from lorimer.data.tokenizer import Piece, Tokenizer
 from lorimer.errors import TemplateError
@@ -37,7 +37,6 @@ DEFAULT = (
 # A generation prompt that ends inside a thought.
 OPENED = re.compile(r"<think>\s*\Z")
 LEAD = 64  # at most so many characters does a template write before an answer
-OTHER = "\uf8fe"  # what no answer begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ class ChatTemplate:
 
         Where several stand together (`<|end|>`, then an end of text after the whole chat), each is one.
         """
-        chat = _Chat(self, [Message("user", "a"), Message("assistant", "b")])
+        chat = self._chat([Message("user", "a"), Message("assistant", "b")])
         try:
             text = chat.text(2)
             turn = self._turns(chat, 2, text)[0]
@@ -105,7 +104,7 @@ class ChatTemplate:
     def writes_date(self) -> bool:
         """Whether a prompt says which day it is."""
         try:
-            chats = [_Chat(self, [Message("user", "a")], now=datetime(year, 1, 2)) for year in (1990, 2001)]
+            chats = [self._chat([Message("user", "a")], now=datetime(year, 1, 2)) for year in (1990, 2001)]
             return chats[0].text(1, generation=True) != chats[1].text(1, generation=True)
         except TemplateError:
             return False
@@ -116,7 +115,7 @@ class ChatTemplate:
 
         None where they agree, and for a template that marks nothing.
         """
-        chat = _Chat(self, [Message("user", "a"), Message("assistant", "b")])
+        chat = self._chat([Message("user", "a"), Message("assistant", "b")])
         try:
             text = chat.text(2)
             turns = self._turns(chat, 2, text)
@@ -133,7 +132,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
     ) -> str:
         """The text as it looks, markers in messages spelled out."""
-        chat = _Chat(self, messages, tools)
+        chat = self._chat(messages, tools)
         return self.tokenizer.show(chat.first_text(len(messages), generation=add_generation_prompt))
 
     def prompt_ids(
@@ -143,7 +142,7 @@ class ChatTemplate:
 
         The same ids that `examples` puts before the answer that follows these messages.
         """
-        chat = _Chat(self, messages, tools)
+        chat = self._chat(messages, tools)
         text = chat.first_text(len(messages), generation=True)
         starts = [turn.first for turn in self._turns(chat, len(messages), text)]
         return self.tokenizer.encode_pieces(_pieces(text, [(start, start) for start in starts]))[0]
@@ -161,7 +160,7 @@ class ChatTemplate:
         if conversation.text is not None:
             return [self._encode_text(conversation)]
         messages = conversation.messages
-        chat = _Chat(self, messages, conversation.tools, conversation.place)
+        chat = self._chat(messages, conversation.tools, conversation.place)
         left = [number for number, message in enumerate(messages) if message.role == "assistant"]
         if train_on == "last_assistant":
             left = left[-1:]
@@ -179,7 +178,7 @@ class ChatTemplate:
             made.append(example)
         return made[::-1]
 
-    def _encode_upto(self, chat: _Chat, upto: int, wanted: Sequence[int]) -> tuple[Example, set[int]]:
+    def _encode_upto(self, chat: Chat, upto: int, wanted: Sequence[int]) -> tuple[Example, set[int]]:
         """The chat up to a message, trained on those of the wanted answers that it keeps, and which."""
         text = chat.text(upto)
         turns = self._turns(chat, upto, text)
@@ -205,6 +204,19 @@ class ChatTemplate:
         ids = begin + tokenizer.encode_content(conversation.text) + end
         return _example(ids, [True] * len(ids), conversation.place)
 
+    def _chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        place: str = "",
+        now: datetime | None = None,
+    ) -> Chat:
+        """A chat with its markers hidden, ready to be rendered."""
+        variables = self._variables(now or self.now)
+        variables["tools"] = _hidden(list(tools), self.tokenizer.hide) if tools else None
+        hidden = [self._hidden_message(message) for message in messages]
+        return Chat(self._compiled, hidden, variables, place)
+
     def _variables(self, now: datetime | None) -> dict[str, Any]:
         """What a template may read besides the chat."""
         variables: dict[str, Any] = {}
@@ -229,14 +241,14 @@ class ChatTemplate:
             value["tool_calls"] = _hidden(list(message.tool_calls), hide)
         return value | {key: _hidden(item, hide) for key, item in message.extra.items()}
 
-    def _turns(self, chat: _Chat, upto: int, text: str) -> list[Turn]:
+    def _turns(self, chat: Chat, upto: int, text: str) -> list[Turn]:
         """Where the assistant turns before message `upto` lie in a text that begins with them. A turn
         whose prompt is not what comes before it, or that reads otherwise there, is left out."""
         answers = [number for number in range(upto) if chat.messages[number]["role"] == "assistant"]
         found = (self._turn(chat, upto, text, number) for number in answers)
         return [turn for turn in found if turn is not None]
 
-    def _turn(self, chat: _Chat, upto: int, text: str, number: int) -> Turn | None:
+    def _turn(self, chat: Chat, upto: int, text: str, number: int) -> Turn | None:
         """One turn; None if the text before it, or the answer itself, is another in this text."""
         prompt = chat.prompt(number)
         if prompt is None or not text.startswith(prompt):
@@ -244,12 +256,12 @@ class ChatTemplate:
         if number + 1 == upto:
             return self._close(number, len(prompt), len(text), text)
         own = chat.text(number + 1)
-        end = max(len(prompt), _shared(own, text))
+        end = max(len(prompt), shared(own, text))
         if end < len(own) and not self.tokenizer.control_spans(text[len(prompt) : end]):
             return None  # they part before the answer's end: a later message changed the answer
         return self._close(number, len(prompt), end, text)
 
-    def _joined(self, chat: _Chat, number: int) -> tuple[str, list[Turn]] | None:
+    def _joined(self, chat: Chat, number: int) -> tuple[str, list[Turn]] | None:
         """A chat up to an answer whose prompt the template does not keep: the prompt as inference feeds it,
         then the answer as the template writes it. None where it is not sure that the one follows the other.
 
@@ -276,7 +288,7 @@ class ChatTemplate:
         """Where in `before` an answer begins that stands after `head` at inference: after the longest end
         of `head` that is found near the end of `before` and has a control token in it."""
         cuts = range(len(before), max(0, len(before) - LEAD), -1)
-        size, cut = max((_shared(head[::-1], before[:cut][::-1]), cut) for cut in cuts) if cuts else (0, 0)
+        size, cut = max((shared(head[::-1], before[:cut][::-1]), cut) for cut in cuts) if cuts else (0, 0)
         return cut if size and self.tokenizer.control_spans(head[-size:]) else None
 
     def _close(self, number: int, first: int, end: int, text: str) -> Turn:
@@ -291,111 +303,6 @@ class ChatTemplate:
         return Turn(number, first, end, closed=False)
 
 
-class _Chat:
-    """A conversation on its way through a template: markers hidden once, each text made once.
-
-    messages   as the template sees them
-    marks      what `{% generation %}` marks in the text of the messages before this number
-    """
-
-    def __init__(
-        self,
-        template: ChatTemplate,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        place: str = "",
-        now: datetime | None = None,
-    ) -> None:
-        self.template, self.place = template, place
-        self.messages = [template._hidden_message(message) for message in messages]
-        tools = _hidden(list(tools), template.tokenizer.hide) if tools else None
-        self._variables = template._variables(now or template.now) | {"tools": tools}
-        self._texts: dict[tuple[int, bool], str] = {}
-        self.refusals: dict[int, TemplateError] = {}
-        self.marks: dict[int, list[tuple[int, int]]] = {}
-
-    def text(self, upto: int, *, generation: bool = False) -> str:
-        """The first messages as the template writes them, with the generation prompt if wanted."""
-        if (upto, generation) not in self._texts:
-            text, marks = self._render(self.messages[:upto], generation)
-            self._texts[upto, generation] = text
-            self.marks |= {} if generation else {upto: marks}
-        return self._texts[upto, generation]
-
-    def prompt(self, upto: int) -> str | None:
-        """The text that inference feeds before an answer; None if the template refuses to."""
-        if upto in self.refusals:
-            return None
-        try:
-            return self.text(upto, generation=True)
-        except TemplateError as error:
-            self.refusals[upto] = error
-            return None
-
-    def before_answer(self, number: int) -> str | None:
-        """What stands before an answer where it is shown: what another answer shares with it."""
-        other = {"role": "assistant", "content": OTHER}
-        try:
-            shown, _ = self._render([*self.messages[:number], other], generation=False)
-            text = self.text(number + 1)
-        except TemplateError:
-            return None
-        return text[: _shared(text, shown)]
-
-    def first_text(self, upto: int, *, generation: bool = False) -> str:
-        """As `text`; a refusal says what about the messages is refused, and what to do."""
-        try:
-            return self.text(upto, generation=generation)
-        except TemplateError as error:
-            fix = self._remedy(upto, generation)
-            raise error if fix is None else TemplateError(error.problem, fix=fix) from None
-
-    def _render(
-        self, messages: Sequence[Mapping[str, Any]], generation: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        given = {"messages": list(messages), "add_generation_prompt": generation}
-        return self.template._compiled.render_marked(self._variables | given, place=self.place)
-
-    def _remedy(self, upto: int, generation: bool) -> str | None:
-        """What to do about messages that are refused: the smallest change after which they are not."""
-        messages = self.messages[:upto]
-        if not any(message["role"] == "user" for message in messages):
-            return "The chat has no user message: add the question."
-        if messages[0]["role"] == "assistant":
-            return "The chat begins with an answer: begin it with a user message."
-        twice = [i for i, (a, b) in enumerate(pairwise(messages), 2) if a["role"] == b["role"] != "tool"]
-        without = [message for message in messages if message["role"] != "system"]
-        if len(without) < len(messages) and self._takes(without, generation):
-            return (
-                "The template takes no system message, or only as the first: put its text at the "
-                "beginning of the first question, or give another `data.chat_template`."
-            )
-        if twice:
-            role = messages[twice[0] - 1]["role"]
-            return (
-                f"Messages {twice[0] - 1} and {twice[0]} are both of the {role}: make them one, or give "
-                "another `data.chat_template`."
-            )
-        plain = [
-            {key: item for key, item in message.items() if key != "tool_calls"}
-            for message in messages
-            if message["role"] != "tool" and not message.get("tool_calls")
-        ]
-        if len(plain) < len(messages):
-            return (
-                "The template may take no tool calls or answers of tools, or not in this order: look at "
-                "them, or give another `data.chat_template`."
-            )
-        return None
-
-    def _takes(self, messages: Sequence[Mapping[str, Any]], generation: bool) -> bool:
-        try:
-            self._render(messages, generation)
-        except TemplateError:
-            return False
-        return True
-
-
 def _rest_of_thought(message: Mapping[str, Any], answer: str) -> str:
     """What follows an opened `<think>`: the message's thought, then its answer as the template shows it."""
     thought = str(message.get("reasoning_content", ""))
@@ -406,7 +313,7 @@ def _rest_of_thought(message: Mapping[str, Any], answer: str) -> str:
     return thought.strip("\n") + "\n</think>\n\n" + answer.lstrip("\n")
 
 
-def _not_kept(chat: _Chat, number: int) -> TemplateError:
+def _not_kept(chat: Chat, number: int) -> TemplateError:
     refusal = chat.refusals.get(number)
     if refusal is not None:
         return TemplateError(
@@ -431,14 +338,6 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[Piece]:
     for (first, last), until in zip(spans, [*starts[1:], len(text)], strict=True):
         pieces.append(Piece(text[first:until], last - first))
     return pieces
-
-
-def _shared(one: str, other: str) -> int:
-    """How many first characters two texts share."""
-    if other.startswith(one):
-        return len(one)
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _hidden(value: Any, hide: Any) -> Any:
