@@ -108,3 +108,24 @@ def test_choose_place() -> None:
         choose_place("cpu", "fp8")
     with pytest.raises(UserError, match="`abacus` cannot be used"):
         choose_place("abacus")
+
+
+def test_the_text_part_of_a_model_with_pictures(tmp_path: Path) -> None:
+    """Gemma 3 from 4B on: names as published, and as newer files have them; pictures are left out."""
+    tiny = make_tiny(tmp_path / "text", "gemma3_text", tie_word_embeddings=True)
+    config = json.loads((tmp_path / "text/config.json").read_text(encoding="utf-8"))
+    tensors = load_file(tmp_path / "text/model.safetensors")
+    for prefix in ("language_model.model.", "model.language_model."):
+        folder = tmp_path / prefix
+        folder.mkdir()
+        named = {prefix + name.removeprefix("model."): value for name, value in tensors.items()}
+        named["vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.zeros(2, 2)
+        save_file(named, folder / "model.safetensors", {"format": "pt"})
+        outer = {"model_type": "gemma3", "text_config": config, "tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(outer), encoding="utf-8")
+        base = open_base(folder)
+        assert set(base.tensors) == set(tiny.base.tensors)
+        assert base.config["model_type"] == "gemma3_text"
+        row = random_rows([20])[0]
+        ours = our_logits(load_decoder(base, FP32), [row])[0]
+        assert torch.equal(ours, our_logits(tiny.decoder, [row])[0])

@@ -16,6 +16,7 @@ from lorimer.bases.gguf import GgufFile, TensorEntry
 from lorimer.bases.gguf_config import Reading, read_config
 from lorimer.bases.gguf_names import Piece, architecture_of, pieces
 from lorimer.bases.mapped import Bytes
+from lorimer.bases.published import present_name, text_part
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.errors import BaseError
 
@@ -121,18 +122,6 @@ def open_base(path: str | Path) -> BaseFiles:
     return GgufBase(inside[0])
 
 
-def present_name(config: Mapping[str, Any], name: str) -> str:
-    """A tensor's name as transformers has it now: some published files are older than their prefix."""
-    kind = config.get("model_type")
-    if kind == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-        return f"transformer.{name}"
-    if kind == "opt" and name.startswith("decoder."):
-        return f"model.{name}"
-    if kind == "gpt_neox" and name.startswith("embed_out."):
-        return name.replace("embed_out", "lm_head", 1)
-    return name
-
-
 class FolderBase(BaseFiles):
     """config.json, model.safetensors or its shards, tokenizer.json."""
 
@@ -140,17 +129,18 @@ class FolderBase(BaseFiles):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = self._json("config.json", required=True)
-        for key in IGNORED:
-            self.config.pop(key, None)
+        whole = self._json("config.json", required=True)
+        self.config = {key: value for key, value in text_part(whole).items() if key not in IGNORED}
         self.generation_config = self._json("generation_config.json")
         self.tokenizer_config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
         self.tokenizer_json = self._text("tokenizer.json")
         self.chat_template = self._text("chat_template.jinja") or self._template()
         self._files: dict[str, SafetensorsFile] = {}
+        self._own: dict[str, str] = {}
         for file in self._weight_files():
-            self._files |= {present_name(self.config, name): file for name in file.tensors}
-        self._own = {present_name(self.config, n): n for file in self.files() for n in file.tensors}
+            for own in file.tensors:
+                if name := present_name(whole, own):
+                    self._files[name], self._own[name] = file, own
         self.tensors = {name: file.tensors[self._own[name]] for name, file in self._files.items()}
 
     def files(self) -> list[SafetensorsFile]:

@@ -110,6 +110,7 @@ def gemma2(config: Config) -> ModelSpec:
 
 def gemma3(config: Config) -> ModelSpec:
     """Gemma 2 without caps, with query and key normed; layers with a window turn at a base of their own."""
+    config = with_defaults(config, **GEMMA3)
     step = int(config.get("sliding_window_pattern", 6))
     kinds = config.get("layer_types") or [
         "full_attention" if (layer + 1) % step == 0 else "sliding_attention"
@@ -420,6 +421,13 @@ SANDWICH = Names(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+# What published configs of Gemma 3 with pictures leave out.
+GEMMA3: Config = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+}
 # One norm, whose result attention and the gated unit both read.
 ONE_NORM = Names(mlp_norm="input_layernorm")
 # Architectures whose configs have no such settings.
