@@ -29,7 +29,7 @@ import report
 from lorimer.config import QuantConfig, TrainConfig
 from lorimer.kernels import dispatch, products, reference
 from lorimer.kernels.codes import BLOCKS
-from lorimer.kernels.dispatch import Heads, Norm
+from lorimer.kernels.dispatch import HeadNorms, Heads, Norm
 from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native import elementwise
 from lorimer.kernels.native.library import usable
@@ -121,19 +121,20 @@ def quantised_cases(dtype: str) -> Iterator[Case]:
 def head_cases(dtype: str) -> Iterator[Case]:
     """The loss and its gradient to the hidden states; the head is frozen."""
     head_VH = torch.randn(VOCABULARY, HIDDEN).mul_(HIDDEN**-0.5).to(TYPES[dtype])
-    for positions in POSITIONS:
+    for positions, cap in [*((positions, 0.0) for positions in POSITIONS), (512, 30.0)]:
         hidden_MH = torch.randn(positions, HIDDEN).to(TYPES[dtype]).requires_grad_()
         labels_M = torch.randint(VOCABULARY, (positions,))
 
-        def ours(hidden: Tensor = hidden_MH, labels: Tensor = labels_M) -> Any:
-            loss, _ = dispatch.head_loss(hidden, head_VH, labels, weight=1.0 / len(labels))
+        def ours(hidden: Tensor = hidden_MH, labels: Tensor = labels_M, cap: float = cap) -> Any:
+            loss, _ = dispatch.head_loss(hidden, head_VH, labels, weight=1.0 / len(labels), softcap=cap)
             return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
-        def theirs(hidden: Tensor = hidden_MH, labels: Tensor = labels_M) -> Any:
-            loss = F.cross_entropy(F.linear(hidden, head_VH).float(), labels)
+        def theirs(hidden: Tensor = hidden_MH, labels: Tensor = labels_M, cap: float = cap) -> Any:
+            logits = F.linear(hidden, head_VH).float()
+            loss = F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, labels)
             return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
-        size = f"{positions} trained positions, {VOCABULARY} tokens"
+        size = f"{positions} trained positions, " + (f"cap {cap:g}" if cap else f"{VOCABULARY} tokens")
         flops = 4.0 * positions * HIDDEN * VOCABULARY
         yield Case("loss head, both ways", size, dtype, ours, [theirs], flops=flops)
 
@@ -225,7 +226,7 @@ def pointwise_cases(dtype: str) -> Iterator[Case]:
     size = f"{tokens} tokens of {HIDDEN}"
     yield Case(
         *("RMSNorm forward", size, dtype),
-        ours=lambda: dispatch.rms_norm(hidden_TH, norm),
+        ours=lambda: dispatch.normed(hidden_TH, norm),
         torchs=[lambda: F.rms_norm(hidden_TH, (HIDDEN,), narrow_H, 1e-5)],
         bytes=2.0 * each * tokens * HIDDEN,
     )
@@ -235,6 +236,7 @@ def pointwise_cases(dtype: str) -> Iterator[Case]:
         torchs=[lambda: torch.autograd.grad(normed_TH, leaf_TH, grad_TH, retain_graph=True)[0]],
         bytes=3.0 * each * tokens * HIDDEN,
     )
+    yield from _more_norms(hidden_TH, grad_TH, norm, dtype)
     stacked, grad_TI = torch.randn(tokens, 2 * INNER).to(kind), torch.randn(tokens, INNER).to(kind)
     leaf = stacked.clone().requires_grad_()
     unit_TI = _swiglu(leaf)
@@ -261,6 +263,88 @@ def pointwise_cases(dtype: str) -> Iterator[Case]:
         torchs=[lambda: query_TND * cos_T1D + _half_turned(query_TND) * sin_T1D],
         bytes=2.0 * each * query_TND.numel(),
     )
+
+
+def _more_norms(hidden_TH: Tensor, grad_TH: Tensor, norm: Norm, dtype: str) -> Iterator[Case]:
+    """What families beyond Llama's need: LayerNorm, norms onto the residual, norms of query and key, GELU."""
+    kernels: Any = elementwise if usable(hidden_TH) else reference
+    (tokens, _), kind, each = hidden_TH.shape, hidden_TH.dtype, hidden_TH.element_size()
+    size, moved = f"{tokens} tokens of {HIDDEN}", float(hidden_TH.nbytes)
+    weight_H, bias_H = norm.weight_H, torch.randn(HIDDEN)
+    narrow_H, narrow_bias_H = weight_H.to(kind), bias_H.to(kind)
+    layer = Norm(narrow_H.float(), norm.eps, layer=True, bias_H=narrow_bias_H.float())
+    _, facts_T2 = kernels.layer_norm(hidden_TH, layer.weight_H, layer.bias_H, norm.eps)
+    leaf_TH = hidden_TH.clone().requires_grad_()
+    normed_TH = F.layer_norm(leaf_TH, (HIDDEN,), narrow_H, narrow_bias_H, norm.eps)
+    yield Case(
+        *("LayerNorm forward", size, dtype),
+        ours=lambda: dispatch.normed(hidden_TH, layer),
+        torchs=[lambda: F.layer_norm(hidden_TH, (HIDDEN,), narrow_H, narrow_bias_H, norm.eps)],
+        bytes=2 * moved,
+    )
+    yield Case(
+        *("LayerNorm backward", size, dtype),
+        ours=lambda: kernels.layer_norm_backward(
+            grad_TH, hidden_TH, facts_T2, layer.weight_H, weight_grad=False
+        )[0],
+        torchs=[lambda: torch.autograd.grad(normed_TH, leaf_TH, grad_TH, retain_graph=True)[0]],
+        bytes=3 * moved,
+    )
+    yield Case(
+        *("RMSNorm onto residual", size, dtype),
+        ours=lambda: dispatch.add_normed(grad_TH, hidden_TH, norm),
+        torchs=[lambda: grad_TH + F.rms_norm(hidden_TH, (HIDDEN,), narrow_H, norm.eps)],
+        bytes=3 * moved,
+    )
+    yield Case(
+        *("scaled onto residual", size, dtype),
+        ours=lambda: dispatch.add_scaled(grad_TH, hidden_TH, 0.22),
+        torchs=[lambda: torch.add(grad_TH, hidden_TH, alpha=0.22)],
+        bytes=3 * moved,
+    )
+    weight_D = torch.rand(HEADS.size) + 0.5
+    head_norm, narrow_D = Norm(weight_D, norm.eps), weight_D.to(kind)
+    stacked_TS = (
+        torch.randn(tokens, (HEADS.query + 2 * HEADS.key_value) * HEADS.size).to(kind).requires_grad_()
+    )
+    grad_TS = torch.randn(stacked_TS.shape).to(kind)
+    ours_TS = dispatch.norm_heads(stacked_TS, HEADS, HeadNorms(head_norm, head_norm))
+    theirs_TS = _heads_normed(stacked_TS, narrow_D, norm.eps)
+    size = f"{tokens} tokens of {stacked_TS.shape[1]}"
+    yield Case(
+        *("head norms forward", size, dtype),
+        ours=lambda: dispatch.norm_heads(stacked_TS, HEADS, HeadNorms(head_norm, head_norm)),
+        torchs=[lambda: _heads_normed(stacked_TS, narrow_D, norm.eps)],
+        bytes=2.0 * stacked_TS.nbytes,
+    )
+    yield Case(
+        *("head norms backward", size, dtype),
+        ours=lambda: torch.autograd.grad(ours_TS, stacked_TS, grad_TS, retain_graph=True)[0],
+        torchs=[lambda: torch.autograd.grad(theirs_TS, stacked_TS, grad_TS, retain_graph=True)[0]],
+        bytes=3.0 * stacked_TS.nbytes,
+    )
+    inner_TI, grad_TI = (torch.randn(tokens, INNER).to(kind) for _ in range(2))
+    leaf_TI = inner_TI.clone().requires_grad_()
+    unit_TI = F.gelu(leaf_TI, approximate="tanh")
+    size = f"{tokens} tokens of {INNER}"
+    yield Case(
+        *("GELU forward", size, dtype),
+        ours=lambda: kernels.activate(inner_TI, "gelu_tanh"),
+        torchs=[lambda: F.gelu(inner_TI, approximate="tanh")],
+        bytes=2.0 * each * tokens * INNER,
+    )
+    yield Case(
+        *("GELU backward", size, dtype),
+        ours=lambda: kernels.activate_backward(grad_TI, inner_TI, "gelu_tanh")[0],
+        torchs=[lambda: torch.autograd.grad(unit_TI, leaf_TI, grad_TI, retain_graph=True)[0]],
+        bytes=3.0 * each * tokens * INNER,
+    )
+
+
+def _heads_normed(stacked_TS: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    query, key, value = HEADS.parts(stacked_TS)
+    parts = [F.rms_norm(part, (HEADS.size,), weight_D, eps) for part in (query, key)]
+    return torch.cat([part.flatten(1) for part in (*parts, value)], 1)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:

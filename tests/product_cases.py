@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -201,34 +201,37 @@ def head_inputs(case: Head) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(case.dtype), head.to(case.dtype), labels
 
 
-def check_head(hidden_MH: Tensor, head_VH: Tensor, labels_M: Tensor, *, smoothing: float = 0.0) -> None:
+def check_head(
+    hidden_MH: Tensor, head_VH: Tensor, labels_M: Tensor, *, smoothing: float = 0.0, softcap: float = 0.0
+) -> None:
     """Losses within 5e-6 of float64's, relative where they are large; gradients within the rounding
     of the probabilities and of the result."""
     weight = 0.37
-    losses, grad = head_loss(
-        within(hidden_MH)[0], head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=True
-    )
+    how: Any = {"weight": weight, "smoothing": smoothing, "softcap": softcap}
+    losses, grad = head_loss(within(hidden_MH)[0], head_VH, labels_M, need_grad=True, **how)
     assert grad is not None
     assert (losses.dtype, grad.dtype, grad.shape) == (FP32, hidden_MH.dtype, hidden_MH.shape)
-    alone, nothing = head_loss(
-        hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=False
-    )
+    alone, nothing = head_loss(hidden_MH, head_VH, labels_M, need_grad=False, **how)
     assert nothing is None
     assert same(alone, losses)
     hidden, head = hidden_MH.double(), head_VH.double()
     logits = hidden @ head.t()
+    slope = torch.ones_like(logits)
+    if softcap:
+        bent = (logits / softcap).tanh()
+        logits, slope = softcap * bent, 1 - bent.square()
     log_probs = logits.log_softmax(-1)
     nll = -log_probs.gather(1, labels_M.unsqueeze(1)).squeeze(1)
     exact = (1 - smoothing) * nll - smoothing * log_probs.mean(-1)
     # A logit is a float32 sum: its error is of its terms' size, whatever the loss is.
-    size = 2.0**-22 * (hidden.abs() @ head.abs().t()).amax(-1)
+    size = 2.0**-22 * (softcap + (hidden.abs() @ head.abs().t()).amax(-1))
     error = (losses.double() - exact).abs() - size
     assert float(error.max()) <= 5e-6, f"loss off by {float(error.max()):.1e}"
     probs = log_probs.exp()
     target = (
         torch.nn.functional.one_hot(labels_M, head.shape[0]) * (1 - smoothing) + smoothing / head.shape[0]
     )
-    exact_grad = weight * (probs - target) @ head
+    exact_grad = weight * ((probs - target) * slope) @ head
     rounded = UNIT[hidden_MH.dtype] + 2.0**-20 + 2 * size.unsqueeze(1)
     slack = weight * rounded * ((probs + target) @ head.abs())
     error = (grad.double() - exact_grad).abs() - UNIT[grad.dtype] * exact_grad.abs() - slack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorimer.kernels import dispatch
-from lorimer.kernels.dispatch import Dropout, Gate, Linear, LowRank, Norm
+from lorimer.kernels.dispatch import Dropout, Gate, HeadNorms, Heads, Linear, LowRank, Norm
+from lorimer.kernels.native import library
 from lorimer.quant.linear import DenseLinear
 from tiny import difference
 
@@ -152,6 +154,95 @@ def test_rms_norm_over_heads(trained: bool) -> None:
         assert difference(parameter.grad, wide_weight.grad) < 3e-6
 
 
+def rms64(x: Tensor, weight: Tensor) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-3) * weight
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_norm_heads(kernels: str, whole: bool, trained: bool) -> None:
+    """3 query heads, 2 key/value heads of 4: gradients of the stack and of both weights."""
+    heads = Heads(3, 2, 4)
+    x, grad = randn(5, 28, seed=1).requires_grad_(), randn(5, 28, seed=2)
+    weights = [1 + 0.3 * randn(n if whole else 4, seed=n) for n in (12, 8)]
+    leaves = [weight.clone().requires_grad_() for weight in weights]
+    wide = [t.detach().double().requires_grad_() for t in (x, *leaves)]
+    query, key, value = wide[0].split([12, 8, 8], 1)
+    shape = (5, 1, -1) if whole else (5, -1, 4)
+    exact = torch.cat(
+        [
+            rms64(query.reshape(shape), wide[1]).flatten(1),
+            rms64(key.reshape(shape), wide[2]).flatten(1),
+            value,
+        ],
+        1,
+    )
+    exact.backward(grad.double())
+    norms = HeadNorms(Norm(weights[0], 1e-3), Norm(weights[1], 1e-3), whole)
+    with library.using(library.REFERENCE) if kernels == "reference" else nullcontext():
+        output = dispatch.norm_heads(x, heads, norms, tuple(leaves) if trained else (None, None))
+        output.backward(grad)
+        with torch.no_grad():
+            assert torch.equal(dispatch.norm_heads(x.clone(), heads, norms), output)
+    assert difference(output.detach(), exact.detach()) < 1e-6
+    for leaf, known in zip((x, *leaves), wide, strict=True):
+        if leaf is not x and not trained:
+            assert leaf.grad is None
+            continue
+        assert leaf.grad is not None
+        assert difference(leaf.grad, known.grad) < 3e-6
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_add_normed(kernels: str, layer: bool, trained: bool) -> None:
+    x, rest, grad = (randn(5, 7, seed=s) for s in (1, 2, 3))
+    weight, bias = 1 + randn(7, seed=4), randn(7, seed=5) if layer else None
+    leaves = [
+        t.clone().requires_grad_() for t in (x, rest, weight, torch.zeros(7) if bias is None else bias)
+    ]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = F.layer_norm(wide[0], (7,), wide[2], wide[3], 1e-3) if layer else rms64(wide[0], wide[2])
+    exact = exact + wide[1]
+    exact.backward(grad.double())
+    norm = Norm(weight, 1e-3, layer=layer, bias_H=bias)
+    with library.using(library.REFERENCE) if kernels == "reference" else nullcontext():
+        parameters = (leaves[2], leaves[3] if layer else None) if trained else (None, None)
+        output = dispatch.add_normed(leaves[1], leaves[0], norm, parameters)
+        output.backward(grad)
+        with torch.no_grad():
+            assert torch.equal(dispatch.add_normed(rest, x, norm), output)
+    assert difference(output.detach(), exact.detach()) < 1e-6
+    for i, (leaf, known) in enumerate(zip(leaves, wide, strict=True)):
+        if i > 1 and not (trained and (i == 2 or layer)):
+            assert leaf.grad is None
+            continue
+        assert leaf.grad is not None
+        assert difference(leaf.grad, known.grad) < 3e-6
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_add_scaled(kernels: str, scale: float) -> None:
+    x, rest = (randn(5, 7, seed=s).requires_grad_() for s in (1, 2))
+    grad = randn(5, 7, seed=3)
+    with library.using(library.REFERENCE) if kernels == "reference" else nullcontext():
+        output = dispatch.add_scaled(rest, x, scale)
+        output.backward(grad)
+        alone = dispatch.scaled(x, scale)
+        frozen = dispatch.add_scaled(rest.detach(), x, scale)
+        assert torch.autograd.grad(frozen.sum(), x)[0].allclose(torch.full((5, 7), scale))
+        assert torch.autograd.grad(alone.sum(), x)[0].allclose(torch.full((5, 7), scale))
+    assert difference(output.detach(), (rest + scale * x).detach().double()) < 1e-6
+    assert difference(alone.detach(), (scale * x).detach().double()) < 1e-6
+    assert rest.grad is not None
+    assert torch.equal(rest.grad, grad)
+    assert x.grad is not None
+    assert difference(x.grad, scale * grad.double()) < 1e-6
+
+
 def test_rotate_backward() -> None:
     x, grad, angles = randn(4, 2, 6, seed=1).requires_grad_(), randn(4, 2, 6, seed=2), randn(4, 3, seed=3)
     dispatch.rotate(x, angles.cos(), angles.sin()).backward(grad)
@@ -165,14 +256,19 @@ def test_rotate_backward() -> None:
 
 @pytest.mark.trap(16)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("softcap", [0.0, 1.3])
 @pytest.mark.parametrize("head_trained", [False, True])
-def test_head_loss(smoothing: float, head_trained: bool) -> None:
+def test_head_loss(smoothing: float, softcap: float, head_trained: bool) -> None:
     hidden, head = randn(5, 4, seed=1).requires_grad_(), randn(11, 4, seed=2).requires_grad_(head_trained)
     labels = torch.tensor([0, 10, 3, 3, 7])
     wide, wide_head = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
-    exact = F.cross_entropy(wide @ wide_head.t(), labels, label_smoothing=smoothing)
+    logits = wide @ wide_head.t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    exact = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     (3 * exact).backward()
-    loss, losses = dispatch.head_loss(hidden, head, labels, weight=1 / 5, smoothing=smoothing)
+    loss, losses = dispatch.head_loss(
+        hidden, head, labels, weight=1 / 5, smoothing=smoothing, softcap=softcap
+    )
     assert not losses.requires_grad
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-6)
     assert float(losses.mean()) == pytest.approx(float(exact.detach()), rel=1e-6)

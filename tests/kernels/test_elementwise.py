@@ -18,7 +18,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 TYPES = [FP32, BF16]
 # Around the widths of vectors (4, 8, 16), a hidden size, and one that ends in a rest of 1.
 SIZES = [1, 3, 7, 15, 16, 17, 31, 576, 1537]
-KINDS: list[native.Activation] = ["silu", "gelu_tanh", "gelu"]
+KINDS: list[native.Activation] = ["silu", "gelu_tanh", "gelu", "relu"]
 # One rounding to the nearest, relative to the result: anything rounded twice in bf16 is beyond it.
 UNIT = {FP32: 2.0**-24, BF16: 2.0**-8}
 # Twins round in between.
@@ -91,9 +91,10 @@ def test_rms_norm(dtype: torch.dtype, size: int) -> None:
     like_twin(rstd, twin_rstd)
     assert same(native.rms_norm(within_a_buffer(x), weight, 1e-3)[0], normed)
     assert same(native.rms_norm_apply(within_a_buffer(x), rstd, weight), normed)
-    over = within_a_buffer(x)
-    assert native.rms_norm(over, weight, 1e-3, in_place=True)[0] is over
-    assert same(over, normed)
+    onto = randn(5, size, seed=3, dtype=dtype)
+    added, _ = native.rms_norm(within_a_buffer(x), weight, 1e-3, onto_TH=within_a_buffer(onto))
+    near(added, exact + onto.double(), 1e-6 * (exact.abs() + onto.double().abs()))
+    like_twin(added, reference.rms_norm(x, weight, 1e-3, onto_TH=onto)[0])
     # A weight around 0, as Gemma keeps it, is the same norm.
     shifted, _ = native.rms_norm(x, weight - 1, 1e-3, offset=1.0)
     near(shifted, exact, 1e-6 * (1 + exact.abs()))
@@ -169,6 +170,137 @@ def test_head_norms_are_norms_of_each_head(dtype: torch.dtype, size: int) -> Non
     near(grad_weight, exact, 1e-5)
 
 
+# --- norms of query and key -----------------------------------------------------------------------
+
+# Rows of query and of key, features of each, and what follows.
+STACKS = [((3, 7), (1, 7), 7), ((2, 64), (1, 64), 64), ((4, 16), (2, 16), 0), ((1, 96), (1, 31), 5)]
+Stack = tuple[tuple[int, int], tuple[int, int], int]
+
+
+def parts_of(stacked: Tensor, stack: Stack) -> list[Tensor]:
+    """Query and key as rows, and what follows."""
+    (m, a), (n, b), rest = stack
+    query, key, value = stacked.split([m * a, n * b, rest], 1)
+    return [query.unflatten(1, (m, a)), key.unflatten(1, (n, b)), value]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("tokens", [1, 6, 130])
+def test_query_key_norm(dtype: torch.dtype, stack: Stack, tokens: int) -> None:
+    """Bit for bit what each norm alone gives, and the value untouched; and so the gradients."""
+    query, key, rest = stack
+    x, grad = (randn(tokens, math.prod(query) + math.prod(key) + rest, seed=s, dtype=dtype) for s in (1, 2))
+    weights = randn(query[1], seed=3), randn(key[1], seed=4)
+    normed, rstd = native.query_key_norm(within_a_buffer(x), query, key, weights, 1e-3, offset=1.0)
+    over = within_a_buffer(x)
+    assert native.query_key_norm(over, query, key, weights, 1e-3, offset=1.0, in_place=True)[0] is over
+    assert same(over, normed)
+    assert over._base is not None
+    assert int(over._base.isnan().sum()) == over._base.numel() - over.numel()
+    back, *weight_grads = native.query_key_norm_backward(
+        *(within_a_buffer(grad), within_a_buffer(x), rstd, query, key, weights),
+        offset=1.0,
+        weight_grads=(True, True),
+    )
+    without = native.query_key_norm_backward(grad, x, rstd, query, key, weights, offset=1.0)
+    assert same(without[0], back)
+    assert without[1:] == (None, None)
+    assert same(parts_of(normed, stack)[2], parts_of(x, stack)[2])
+    assert same(parts_of(back, stack)[2], parts_of(grad, stack)[2])
+    for i, weight in enumerate(weights):
+        states, above = parts_of(x, stack)[i], parts_of(grad, stack)[i]
+        alone, factor = native.rms_norm(states, weight, 1e-3, offset=1.0)
+        assert same(parts_of(normed, stack)[i], alone)
+        mine, weight_grad = native.rms_norm_backward(
+            above, states, factor, weight, weight_grad=True, offset=1.0
+        )
+        assert same(parts_of(back, stack)[i], mine)
+        assert weight_grad is not None
+        assert same(weight_grads[i], weight_grad)
+
+
+# --- LayerNorm ------------------------------------------------------------------------------------
+
+
+def layer_norm64(x: Tensor, weight: Tensor, bias: Tensor | float, eps: float) -> Tensor:
+    away = x - x.mean(-1, keepdim=True)
+    return away / torch.sqrt(away.square().mean(-1, keepdim=True) + eps) * weight + bias
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_layer_norm(dtype: torch.dtype, size: int, biased: bool, mean: float) -> None:
+    """A mean far above the deviation does not cost the variance its digits."""
+    x = (randn(5, size, seed=1) + mean).to(dtype)
+    weight, bias = 1 + 0.3 * randn(size, seed=2), randn(size, seed=3) if biased else None
+    bias64 = bias.double() if bias is not None else 0.0
+    exact = layer_norm64(x.double(), weight.double(), bias64, 1e-3)
+    normed, facts = native.layer_norm(x, weight, bias, 1e-3)
+    # The mean is rounded to a float, and each of the states less it.
+    slack = 1e-6 * (exact.abs() + 1) + 3e-7 * mean * facts[:, 1:].double() * weight.abs()
+    near(normed, exact, slack)
+    assert facts.shape == (5, 2)
+    near(facts[:, 0], x.double().mean(-1), 1e-6 * (1 + mean))
+    variance = x.double().var(-1, correction=0) if size > 1 else torch.zeros(5).double()
+    near(facts[:, 1], (variance + 1e-3).rsqrt(), 1e-5 * (variance + 1e-3).rsqrt())
+    like_twin(normed, reference.layer_norm(x, weight, bias, 1e-3)[0])
+    assert same(native.layer_norm(within_a_buffer(x), weight, bias, 1e-3)[0], normed)
+    assert same(native.layer_norm_apply(within_a_buffer(x), facts, weight, bias), normed)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", [5, 131])
+def test_layer_norm_backward(dtype: torch.dtype, size: int, tokens: int) -> None:
+    x, grad = randn(tokens, size, seed=1, dtype=dtype) + 2, randn(tokens, size, seed=2, dtype=dtype)
+    weight = 1 + 0.3 * randn(size, seed=3)
+    wide = [t.double().requires_grad_() for t in (x, weight, torch.zeros(size))]
+    layer_norm64(wide[0], wide[1], wide[2], 1e-2).backward(grad.double())
+    _, facts = native.layer_norm(x, weight, None, 1e-2)
+    mine, *nothing = native.layer_norm_backward(grad, x, facts, weight, weight_grad=False)
+    assert nothing == [None, None]
+    normed = (x - facts[:, :1]) * facts[:, 1:]
+    per_row = (facts[:, 1:] * weight * grad).abs().amax(1, keepdim=True) * (
+        1 + normed.abs().amax(1, keepdim=True)
+    )
+    assert wide[0].grad is not None
+    near(mine, wide[0].grad, 5e-6 * per_row.double())
+    more, grad_weight, grad_bias = native.layer_norm_backward(
+        within_a_buffer(grad), within_a_buffer(x), facts, weight, weight_grad=True
+    )
+    assert same(more, mine)
+    assert grad_weight is not None
+    assert grad_bias is not None
+    assert wide[1].grad is not None
+    assert wide[2].grad is not None
+    near(grad_weight, wide[1].grad, 5e-6 * float((grad * normed).abs().sum(0).max()))
+    near(grad_bias, wide[2].grad, 1e-6 * float(grad.abs().sum(0).max()))
+    twin = reference.layer_norm_backward(grad, x, facts, weight, weight_grad=True)
+    for ours, theirs in zip((more, grad_weight, grad_bias), twin, strict=True):
+        assert theirs is not None
+        scale = float(per_row.max()) if ours is more else float(theirs.abs().max())
+        assert float((ours - theirs).abs().max()) <= CLOSE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_layer_norms_of_heads_are_norms_of_each(dtype: torch.dtype) -> None:
+    heads, grads = (within_a_buffer(randn(6, 3, 31, seed=s, dtype=dtype)) for s in (1, 2))
+    weight, bias = randn(31, seed=4), randn(31, seed=5)
+    normed, facts = native.layer_norm(heads, weight, bias, 1e-5)
+    rows, row_facts = native.layer_norm(heads.reshape(18, 31), weight, bias, 1e-5)
+    assert facts.shape == (6, 3, 2)
+    assert same(normed.view(18, 31), rows)
+    assert same(facts.view(18, 2), row_facts)
+    mine, *_ = native.layer_norm_backward(grads, heads, facts, weight, weight_grad=True)
+    alone, *_ = native.layer_norm_backward(
+        grads.reshape(18, 31), heads.reshape(18, 31), row_facts, weight, weight_grad=False
+    )
+    assert same(mine.view(18, 31), alone)
+
+
 # --- rotation -----------------------------------------------------------------------------------
 
 
@@ -210,6 +342,8 @@ def activate64(x: Tensor, kind: native.Activation) -> Tensor:
     """In the form that keeps the digits of small results."""
     if kind == "silu":
         return x * torch.sigmoid(x)
+    if kind == "relu":
+        return x.clamp(min=0)
     if kind == "gelu":
         return x * torch.special.erfc(-x / math.sqrt(2)) / 2
     # The cube, bounded so that its slope at huge values is 0 rather than infinity times 0.
@@ -244,6 +378,42 @@ def test_gated(dtype: torch.dtype, size: int, kind: native.Activation) -> None:
     assert same(over, mine)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activate(dtype: torch.dtype, size: int, kind: native.Activation) -> None:
+    """Bit for bit a gated unit's activation, with 1 for the other half."""
+    x, grad = 2 * randn(5, size, seed=1, dtype=dtype), randn(5, size, seed=2, dtype=dtype)
+    stacked = torch.cat([x, torch.ones_like(x)], 1)
+    result = native.activate(within_a_buffer(x), kind)
+    assert same(result, native.gated(stacked, kind))
+    like_twin(result, reference.activate(x, kind))
+    mine, again = native.activate_backward(within_a_buffer(grad), within_a_buffer(x), kind, again=True)
+    assert again is not None
+    assert same(again, result)
+    assert same(mine, native.gated_backward(grad, stacked, kind)[0][:, :size])
+    like_twin(mine, reference.activate_backward(grad, x, kind)[0])
+    alone, none = native.activate_backward(grad, x, kind)
+    assert none is None
+    assert same(alone, mine)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [1.0, 0.22, -3.0])
+def test_add_scaled(dtype: torch.dtype, size: int, scale: float) -> None:
+    x, residual = randn(5, size, seed=1, dtype=dtype), randn(5, size, seed=2, dtype=dtype)
+    by = float(torch.tensor(scale))
+    exact = x.double() * by
+    terms = exact.abs() + residual.double().abs()
+    result = native.add_scaled(within_a_buffer(residual), within_a_buffer(x), scale)
+    near(result, exact + residual.double(), 1e-7 * terms)
+    like_twin(result, reference.add_scaled(residual, x, scale))
+    alone = native.add_scaled(None, x, scale)
+    near(alone, exact, 0.0)
+    like_twin(alone, reference.add_scaled(None, x, scale))
+
+
 def every_bf16() -> Tensor:
     """All 65,536 upper halves of a float, as float32."""
     return (torch.arange(65536, dtype=torch.int32) << 16).view(FP32)
@@ -260,7 +430,12 @@ def test_activations_from_end_to_end(kind: native.Activation, isa: str) -> None:
     gate_up = torch.cat([x, torch.ones_like(x)]).unsqueeze(0)
     mine = native.gated(gate_up, kind).squeeze(0).double()
     # What an exponent's own rounding makes of e^u: it grows with u.
-    u = {"silu": 0.0 * x, "gelu": x**2 / 2 if isa == "portable" else 0.0 * x, "gelu_tanh": 3 * x.abs() ** 3}
+    u = {
+        "silu": 0.0 * x,
+        "relu": 0.0 * x,
+        "gelu": x**2 / 2 if isa == "portable" else 0.0 * x,
+        "gelu_tanh": 3 * x.abs() ** 3,
+    }
     # Below 1e-36 the sigmoid is 0, since 1 + e^-x is infinite.
     bound = 5e-7 * (1 + u[kind].double().clamp(max=100)) * exact.detach().abs() + 1e-36
     error = (mine - exact.detach()).abs()
@@ -268,7 +443,8 @@ def test_activations_from_end_to_end(kind: native.Activation, isa: str) -> None:
     zero = x == 0
     assert same(mine.float()[zero], x[zero])
     grads, _ = native.gated_backward(torch.ones_like(x).unsqueeze(0), gate_up, kind)
-    near(grads[0, : len(x)], wide.grad, 3e-6)
+    exact_grad = wide.grad if kind != "relu" else (x > 0).double()  # torch takes 1 at 0
+    near(grads[0, : len(x)], exact_grad, 3e-6)
     assert same(grads[0, len(x) :], mine.float())
 
 
@@ -278,12 +454,16 @@ def test_activations_of_what_is_not_finite(kind: native.Activation) -> None:
     gate = torch.tensor([[math.inf, -math.inf, math.nan, 1.0]])
     result = native.gated(torch.cat([gate, torch.ones(1, 4)], 1), kind)
     assert result[0, 0] == math.inf
-    assert result[0, 1:3].isnan().all()
+    assert bool(result[0, 1] == 0 if kind == "relu" else result[0, 1].isnan())
+    assert result[0, 2].isnan()
     assert result[0, 3].isfinite()
     ones = torch.ones(1, 4)
     slopes, _ = native.gated_backward(ones, torch.cat([gate, ones], 1), kind)
     assert slopes[0, 2].isnan()
     assert slopes[0, 3].isfinite()
+    with_reference = reference.activate_backward(ones, gate, kind)[0]
+    assert torch.equal(with_reference.isnan()[0, 2:], slopes[0, 2:4].isnan())
+    assert torch.equal(native.activate(gate, kind).isnan(), result.isnan())
 
 
 # --- what is not finite stays in its row ----------------------------------------------------------
@@ -295,6 +475,21 @@ ROW_KERNELS: dict[str, Rows] = {
     "rms_norm_backward": lambda x: native.rms_norm_backward(
         x, x, native.rms_norm(x, WEIGHT, 1e-5)[1], WEIGHT, weight_grad=False, onto_TH=x
     )[0],
+    "rms_norm onto": lambda x: native.rms_norm(x, WEIGHT, 1e-5, onto_TH=x)[0],
+    "query_key_norm": lambda x: native.query_key_norm(x, (2, 10), (1, 10), (WEIGHT[:10],) * 2, 1e-5)[0],
+    "query_key_norm_backward": lambda x: native.query_key_norm_backward(
+        *(x, x, native.query_key_norm(x, (2, 10), (1, 10), (WEIGHT[:10],) * 2, 1e-5)[1]),
+        *((2, 10), (1, 10), (WEIGHT[:10],) * 2),
+    )[0],
+    "layer_norm": lambda x: native.layer_norm(x, WEIGHT, WEIGHT, 1e-5)[0],
+    "layer_norm_backward": lambda x: native.layer_norm_backward(
+        x, x, native.layer_norm(x, WEIGHT, None, 1e-5)[1], WEIGHT, weight_grad=True
+    )[0],
+    "activate": lambda x: native.activate(x, "gelu_tanh") + native.activate(-x, "relu"),
+    "activate_backward": lambda x: (
+        native.activate_backward(x, x, "relu")[0] + native.activate_backward(x, -x, "silu")[0]
+    ),
+    "add_scaled": lambda x: native.add_scaled(x, x, 0.3),
     "rotate": lambda x: native.rotate(x.view(-1, 2, 25), x[:, :12], x[:, 12:24]).flatten(1),
     "gated": lambda x: native.gated(x, "silu"),
     "gated gelu": lambda x: native.gated(x, "gelu"),
@@ -444,8 +639,19 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     heads = x.view(97, 2, 769)
     results = [normed, rstd, native.rms_norm_apply(x, rstd, weight), back, grad_weight]
     results += [*native.rms_norm(heads, weight[:769], 1e-5), native.rotate(heads, table, table)]
+    results += [native.rms_norm(x, weight, 1e-5, onto_TH=onto)[0], native.add_scaled(onto, x, 0.3)]
+    layer, facts = native.layer_norm(x, weight, weight, 1e-5)
+    results += [layer, facts, native.layer_norm_apply(x, facts, weight, weight)]
+    results += [*native.layer_norm_backward(grad, x, facts, weight, weight_grad=True)]
+    stack = ((3, 400), (1, 300))
+    weights = weight[:400], weight[:300]
+    results += [*native.query_key_norm(x, *stack, weights, 1e-5)]
+    results += [
+        *native.query_key_norm_backward(grad, x, results[-1], *stack, weights, weight_grads=(True, True))
+    ]
     for kind in KINDS:
         results += [native.gated(x, kind), *native.gated_backward(grad[:, :769], x, kind, again=True)]
+        results += [native.activate(x, kind), *native.activate_backward(grad, x, kind, again=True)]
     flat, flat_grad, m = (randn(300_003, seed=s) for s in (6, 7, 8))
     v = m.square()
     results.append(torch.tensor(native.squared_norm(flat_grad), dtype=torch.float64))
@@ -485,3 +691,15 @@ def test_nothing_of_no_tokens(dtype: torch.dtype) -> None:
     assert native.gated(none, "gelu").shape == (0, 3)
     assert native.gated_backward(none[:, :3], none, "silu")[0].shape == (0, 6)
     assert same(native.column_sums(none), torch.zeros(6))
+    assert native.rms_norm(none, weight, 1e-5, onto_TH=none)[0].shape == (0, 6)
+    layer, facts = native.layer_norm(none, weight, weight, 1e-5)
+    assert (layer.shape, facts.shape) == ((0, 6), (0, 2))
+    _, *both = native.layer_norm_backward(none, none, facts, weight, weight_grad=True)
+    heads = ((1, 2), (1, 2), (weight[:2], weight[:2]))
+    stacked, factors = native.query_key_norm(none, *heads, 1e-5)
+    assert stacked.shape == (0, 6)
+    both += native.query_key_norm_backward(none, none, factors, *heads, weight_grads=(True, True))[1:]
+    assert all(grad is not None and not grad.any() for grad in both)
+    assert native.activate(none, "relu").shape == (0, 6)
+    assert native.activate_backward(none, none, "gelu")[0].shape == (0, 6)
+    assert native.add_scaled(none, none, 0.5).shape == (0, 6)

@@ -39,6 +39,34 @@ def test_losses_and_gradients(dtype: torch.dtype, smoothing: float, m: int) -> N
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("softcap", [0.5, 4.0, 30.0])
+def test_capped_logits(dtype: torch.dtype, smoothing: float, softcap: float) -> None:
+    """From where nearly all are at the cap to where hardly one is near it."""
+    for m, h, v in ((1, 1, 2), (15, 7, 33), (33, 33, 129), (70, 64, 640), (200, 65, 1001)):
+        case = Head(m, h, v, dtype, smoothing, seed=h, scale=3.0)
+        check_head(*head_inputs(case), smoothing=smoothing, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_a_capped_vocabulary(dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for smoothing in (0.0, 0.1):
+        for v in (1001, 70):
+            inputs = head_inputs(Head(17, 33, v, dtype, scale=3.0))
+            check_head(*inputs, smoothing=smoothing, softcap=2.0)
+
+
+def test_a_cap_far_away_is_none() -> None:
+    inputs = head_inputs(Head(9, 33, 333))
+    for mine, other in zip(
+        head_loss(*inputs, weight=1.0, softcap=1e5), head_loss(*inputs, weight=1.0), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("m", [191, 192, 193, 400])
 def test_more_positions_than_share_a_sweep(dtype: torch.dtype, m: int) -> None:
     check_head(*head_inputs(Head(m, 33, 257, dtype)))
@@ -137,13 +165,13 @@ def test_a_sure_prediction_has_a_loss_of_nothing(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_position_depends_on_no_other(dtype: torch.dtype, bad: float) -> None:
+@pytest.mark.parametrize(("bad", "softcap"), [(math.nan, 0.0), (math.inf, 0.0), (math.nan, 3.0)])
+def test_a_position_depends_on_no_other(dtype: torch.dtype, bad: float, softcap: float) -> None:
     for m in (3, 33):
         hidden, head, labels = head_inputs(Head(m, 35, 333, dtype))
-        losses, grad = head_loss(hidden, head, labels, weight=1.0)
+        losses, grad = head_loss(hidden, head, labels, weight=1.0, softcap=softcap)
         hidden[1, 34] = bad
-        spoilt, spoilt_grad = head_loss(hidden, head, labels, weight=1.0)
+        spoilt, spoilt_grad = head_loss(hidden, head, labels, weight=1.0, softcap=softcap)
         assert grad is not None
         assert spoilt_grad is not None
         assert not bool(spoilt[1].isfinite())
@@ -154,10 +182,11 @@ def test_a_position_depends_on_no_other(dtype: torch.dtype, bad: float) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_like_its_twin(smoothing: float) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 2.5])
+def test_like_its_twin(smoothing: float, softcap: float) -> None:
     inputs = head_inputs(Head(150, 33, 1001))
-    mine = head_loss(*inputs, weight=0.1, smoothing=smoothing)
-    twin = reference.cross_entropy_head(*inputs, weight=0.1, smoothing=smoothing)
+    mine = head_loss(*inputs, weight=0.1, smoothing=smoothing, softcap=softcap)
+    twin = reference.cross_entropy_head(*inputs, weight=0.1, smoothing=smoothing, softcap=softcap)
     assert twin.grad_hidden_MH is not None
     torch.testing.assert_close(mine[0], twin.losses_M, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(mine[1], twin.grad_hidden_MH, rtol=1e-5, atol=1e-7)

@@ -182,6 +182,39 @@ CASES: dict[str, tuple[Callable[[], Any], float, float]] = {
         0,
         4 * (15 + 3 + 5 + 5) + 2 * (3 * 15),
     ),
+    "rms_norm onto": (
+        lambda: elementwise.rms_norm(of(3, 5), of(5), 1e-5, onto_TH=of(3, 5)),
+        0,
+        4 * (3 * 15 + 3 + 5),
+    ),
+    # 2 query rows and 1 key row of 4, then 4 features that are copied.
+    "query_key_norm": (
+        lambda: elementwise.query_key_norm(of(3, 16), (2, 4), (1, 4), (of(4), of(4)), 1e-5),
+        0,
+        4 * (2 * 48 + 3 * 3 + 8),
+    ),
+    "query_key_norm_backward": (
+        lambda: elementwise.query_key_norm_backward(
+            *(of(3, 16), of(3, 16), of(9), (2, 4), (1, 4), (of(4), of(4))), weight_grads=(True, False)
+        ),
+        0,
+        4 * (3 * 48 + 9 + 8 + 4),
+    ),
+    "layer_norm": (
+        lambda: elementwise.layer_norm(of(3, 5, dtype=BF16), of(5), of(5), 1e-5),
+        0,
+        2 * 30 + 4 * (6 + 10),
+    ),
+    "layer_norm_apply": (
+        lambda: elementwise.layer_norm_apply(of(3, 5), of(3, 2), of(5), None),
+        0,
+        4 * (30 + 6 + 5),
+    ),
+    "layer_norm_backward": (
+        lambda: elementwise.layer_norm_backward(of(3, 5), of(3, 5), of(3, 2), of(5), weight_grad=True),
+        0,
+        4 * (3 * 15 + 6 + 5 + 10),
+    ),
     "rotate": (
         lambda: elementwise.rotate(of(3, 2, 8), of(3, 2), of(3, 2)),
         0,
@@ -204,6 +237,19 @@ CASES: dict[str, tuple[Callable[[], Any], float, float]] = {
         0,
         4 * (15 + 30 + 30 + 15),
     ),
+    "activate": (lambda: elementwise.activate(of(3, 10, dtype=BF16), "relu"), 0, 2 * (30 + 30)),
+    "activate_backward": (
+        lambda: elementwise.activate_backward(of(3, 5), of(3, 5), "gelu"),
+        0,
+        4 * (15 + 15 + 15),
+    ),
+    "activate_backward again": (
+        lambda: elementwise.activate_backward(of(3, 5), of(3, 5), "gelu", again=True),
+        0,
+        4 * 4 * 15,
+    ),
+    "add_scaled": (lambda: elementwise.add_scaled(of(3, 5), of(3, 5), 0.5), 0, 4 * 3 * 15),
+    "add_scaled to nothing": (lambda: elementwise.add_scaled(None, of(3, 5), 0.5), 0, 4 * 2 * 15),
     "adamw": (
         lambda: elementwise.adamw(
             *(of(7), of(7), of(7), of(7)), step=1, decay_until=7, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8,

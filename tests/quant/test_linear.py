@@ -81,8 +81,8 @@ def test_rows_logits_and_loss_are_those_of_the_numbers(both: tuple[QuantLinear, 
     assert torch.equal(mine.dequantise(), dense.dequantise())
     states, labels = random(9, 256, seed=1) / 16, torch.tensor([0, 50, 20, 3, 31, 8, 19, 30, 1])
     close(mine.logits(states), dense.logits(states))
-    for smoothing in (0.0, 0.1):
-        settings = {"weight": 1 / 9, "smoothing": smoothing, "need_grad": True}
+    for smoothing, softcap in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.7), (0.1, 0.7)):
+        settings = {"weight": 1 / 9, "smoothing": smoothing, "softcap": softcap, "need_grad": True}
         losses, grad = mine.head_loss(states, labels, **settings)
         wanted_losses, wanted_grad = dense.head_loss(states, labels, **settings)
         close(losses, wanted_losses)

@@ -248,15 +248,9 @@ def _activated_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of its input and, if asked for, its output again."""
     kernels = _pointwise(states)
-    if gate.gated:
-        pair: tuple[Tensor, Tensor | None] = kernels.gated_backward(
-            grad, states, gate.activation, again=again
-        )
-        return pair
-    return (
-        kernels.activate_backward(grad, states, gate.activation),
-        kernels.activate(states, gate.activation) if again else None,
-    )
+    backward = kernels.gated_backward if gate.gated else kernels.activate_backward
+    pair: tuple[Tensor, Tensor | None] = backward(grad, states, gate.activation, again=again)
+    return pair
 
 
 def _states(before: Before, input_TI: Tensor, rstd: Tensor | None) -> Tensor:
@@ -429,12 +423,81 @@ def turned(stacked_TS: Tensor, heads: Heads, turn: Turn | None) -> tuple[Tensor,
     return _turned(query, *turn), _turned(key, *turn), value
 
 
-def norm_in_place(states: Tensor, norm: Norm) -> bool:
-    """RMSNorm over the last dimension, written over the states, without gradients: done or not."""
-    if torch.is_grad_enabled() or norm.layer or not usable(states):
-        return False
-    elementwise.rms_norm(states, norm.weight_H, norm.eps, offset=norm.offset, in_place=True)
-    return True
+class HeadNorms(NamedTuple):
+    """RMSNorms of query and key, alike but for their weights: over each head, or over all heads of a token
+    as one."""
+
+    query: Norm
+    key: Norm
+    whole: bool = False
+
+    def rows(self, heads: Heads) -> tuple[tuple[int, int], tuple[int, int]]:
+        """How many rows each token's query and key are, of how many features."""
+        if self.whole:
+            return (1, heads.query * heads.size), (1, heads.key_value * heads.size)
+        return (heads.query, heads.size), (heads.key_value, heads.size)
+
+
+class _NormHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stacked_TS: Tensor,
+        norms: HeadNorms,
+        heads: Heads,
+        query_weight: Tensor | None,
+        key_weight: Tensor | None,
+    ) -> Tensor:
+        weights = norms.query.weight_H, norms.key.weight_H
+        normed_TS, rstd = elementwise.query_key_norm(
+            stacked_TS, *norms.rows(heads), weights, norms.query.eps, offset=norms.query.offset
+        )
+        ctx.given = norms, heads
+        ctx.save_for_backward(stacked_TS, rstd)
+        return normed_TS
+
+    @staticmethod
+    def backward(ctx: Any, grad_TS: Tensor) -> tuple[Any, ...]:
+        stacked_TS, rstd = ctx.saved_tensors
+        norms, heads = ctx.given
+        query, key = norms.rows(heads)
+        weights = norms.query.weight_H, norms.key.weight_H
+        grad, grad_query, grad_key = elementwise.query_key_norm_backward(
+            *(grad_TS, stacked_TS, rstd, query, key, weights),
+            norms.query.offset,
+            ctx.needs_input_grad[3:5],
+        )
+        return grad, None, None, grad_query, grad_key
+
+
+def norm_heads(
+    stacked_TS: Tensor,
+    heads: Heads,
+    norms: HeadNorms,
+    parameters: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Query and key normed, and value, stacked as they were; `parameters` (both weights) only when trained.
+
+    Without gradients the native kernel writes over the stack: whoever made it must not need it as it was.
+    """
+    assert not norms.query.layer
+    assert not norms.key.layer
+    query, key = norms.rows(heads)
+    if usable(stacked_TS):
+        if torch.is_grad_enabled():
+            result: Tensor = _NormHeads.apply(  # type: ignore[no-untyped-call]
+                stacked_TS, norms, heads, *parameters
+            )
+            return result
+        weights = norms.query.weight_H, norms.key.weight_H
+        how: Any = {"offset": norms.query.offset, "in_place": True}
+        return elementwise.query_key_norm(stacked_TS, query, key, weights, norms.query.eps, **how)[0]
+    states_query, states_key, value = heads.parts(stacked_TS)
+    sides = [
+        normed(states_query.reshape(-1, *query), norms.query, (parameters[0], None)),
+        normed(states_key.reshape(-1, *key), norms.key, (parameters[1], None)),
+    ]
+    return torch.cat([part.flatten(1) for part in (*sides, value)], 1)
 
 
 def attends(states: Tensor, heads: Heads) -> bool:
@@ -483,6 +546,77 @@ def normed(
         return _normed(hidden, norm)[0]
     result: Tensor = _Norm.apply(hidden, norm, *parameters)  # type: ignore[no-untyped-call]
     return result
+
+
+class _AddNormed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, states: Tensor, norm: Norm, weight: Tensor | None) -> Tensor:
+        result, rstd = _onto(residual, states, norm)
+        ctx.norm = norm
+        ctx.save_for_backward(states, rstd)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        states, rstd = ctx.saved_tensors
+        grad_states, grad_weight, _ = _normed_backward(
+            grad, states, rstd, ctx.norm, weight_grad=ctx.needs_input_grad[3]
+        )
+        return grad, grad_states, None, grad_weight
+
+
+def _onto(residual: Tensor, states: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    pair: tuple[Tensor, Tensor] = _pointwise(states).rms_norm(
+        states, norm.weight_H, norm.eps, offset=norm.offset, onto_TH=residual
+    )
+    return pair
+
+
+def add_normed(
+    residual: Tensor,
+    states: Tensor,
+    norm: Norm,
+    parameters: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """residual + norm(states), which is not rounded in between; `parameters` as for `normed`."""
+    if norm.layer:
+        return add_scaled(residual, normed(states, norm, parameters))
+    if not torch.is_grad_enabled():
+        return _onto(residual, states, norm)[0]
+    result: Tensor = _AddNormed.apply(  # type: ignore[no-untyped-call]
+        residual, states, norm, parameters[0]
+    )
+    return result
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor | None, states: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        result: Tensor = _pointwise(states).add_scaled(residual, states, scale)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        need_residual, need_states = ctx.needs_input_grad[:2]
+        scaled_grad = grad
+        if need_states and ctx.scale != 1.0:
+            scaled_grad = _pointwise(grad).add_scaled(None, grad, ctx.scale)
+        return grad if need_residual else None, scaled_grad if need_states else None, None
+
+
+def add_scaled(residual: Tensor | None, states: Tensor, scale: float = 1.0) -> Tensor:
+    """residual + scale * states of one shape, rounded once."""
+    if torch.is_grad_enabled():
+        result: Tensor = _AddScaled.apply(residual, states, scale)  # type: ignore[no-untyped-call]
+    else:
+        result = _pointwise(states).add_scaled(residual, states, scale)
+    return result
+
+
+def scaled(states: Tensor, factor: float) -> Tensor:
+    """factor * states."""
+    return add_scaled(None, states, factor)
 
 
 class _Head(torch.autograd.Function):

@@ -98,9 +98,13 @@ def head_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Each position's loss [M] and the gradient [M, H] of weight * their sum, for a head that is not
     trained; see reference.cross_entropy_head."""
-    if usable(hidden_MH, head_VH) and not softcap:
+    if usable(hidden_MH, head_VH):
         return native_head_loss(
-            hidden_MH, head_VH, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+            *(hidden_MH, head_VH, labels_M),
+            weight=weight,
+            smoothing=smoothing,
+            softcap=softcap,
+            need_grad=need_grad,
         )
     losses_M, grad_MH, _ = reference.cross_entropy_head(
         *(hidden_MH, head_VH, labels_M),

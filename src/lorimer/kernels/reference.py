@@ -23,19 +23,22 @@ HEAD_CHUNK = 128
 
 
 def rms_norm(
-    hidden_TH: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0
+    hidden_TH: Tensor, weight_H: Tensor, eps: float, *, offset: float = 0.0, onto_TH: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * (weight + offset).
 
-    Over the last dimension. Returns the normed states in the type of `hidden_TH` and the float32 factor
-    `rstd_T1`, which the backward needs. With x = [3, 4], eps 0 and weight 1: rstd = 1 / sqrt(12.5),
-    result [0.8485, 1.1314].
+    Over the last dimension, and added to `onto_TH` before it is rounded, if that is given. Returns the
+    normed states in the type of `hidden_TH` and the float32 factor `rstd_T1`, which the backward needs. With
+    x = [3, 4], eps 0 and weight 1: rstd = 1 / sqrt(12.5), result [0.8485, 1.1314].
     """
     # A float32 copy, because in-place steps follow and the caller keeps its states.
     wide_TH = hidden_TH.to(torch.float32, copy=True)
     length_T1 = torch.linalg.vector_norm(wide_TH, dim=-1, keepdim=True)
     rstd_T1 = torch.rsqrt(length_T1.square_().div_(wide_TH.shape[-1]).add_(eps))
-    return wide_TH.mul_(rstd_T1).mul_(weight_H + offset).to(hidden_TH.dtype), rstd_T1
+    wide_TH.mul_(rstd_T1).mul_(weight_H + offset)
+    if onto_TH is not None:
+        wide_TH.add_(onto_TH)
+    return wide_TH.to(hidden_TH.dtype), rstd_T1
 
 
 def rms_norm_apply(hidden_TH: Tensor, rstd_T1: Tensor, weight_H: Tensor, *, offset: float = 0.0) -> Tensor:
@@ -112,10 +115,17 @@ def activate(gate: Tensor, kind: Activation) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def activate_backward(grad: Tensor, gate: Tensor, kind: Activation) -> Tensor:
-    """The gradient of `activate`'s input."""
+def activate_backward(
+    grad: Tensor, gate: Tensor, kind: Activation, *, again: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of `activate`'s input and, if asked for, its result again."""
+    return _activation_grad(grad, gate, kind), activate(gate, kind) if again else None
+
+
+def _activation_grad(grad: Tensor, gate: Tensor, kind: Activation) -> Tensor:
     if kind == "relu":
-        passed: Tensor = torch.where(gate > 0, grad, torch.zeros_like(grad))
+        # What is not a number stays so.
+        passed: Tensor = grad * torch.where(gate.isnan(), gate, (gate > 0).to(gate.dtype))
         return passed
     if kind == "silu":
         silu_grad: Tensor = torch.ops.aten.silu_backward(grad, gate)
@@ -139,9 +149,14 @@ def gated_backward(
     value_TI = activate(gate_TI, kind)
     grad = torch.empty_like(gate_up)
     grad_gate_TI, grad_up_TI = grad.chunk(2, -1)
-    grad_gate_TI.copy_(activate_backward(grad_TI * up_TI, gate_TI, kind))
+    grad_gate_TI.copy_(_activation_grad(grad_TI * up_TI, gate_TI, kind))
     torch.mul(grad_TI, value_TI, out=grad_up_TI)
     return grad, value_TI.mul_(up_TI) if again else None
+
+
+def add_scaled(residual: Tensor | None, states: Tensor, scale: float) -> Tensor:
+    """residual + scale * states, or scale * states alone."""
+    return states * scale if residual is None else torch.add(residual, states, alpha=scale)
 
 
 def column_sums(grad_TO: Tensor) -> Tensor:

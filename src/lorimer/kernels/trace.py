@@ -271,38 +271,6 @@ def _cache_append(key: Tensor, value: Tensor, *_: Any) -> Work:
     return Work(_shape(key), 0, 2 * (_bytes(key) + _bytes(value)))
 
 
-def _rms_norm(
-    hidden: Tensor,
-    stride: int,
-    weight_or_rstd: Tensor,
-    out_or_weight: Tensor,
-    *_: Any,
-) -> Work:
-    """Read and written once, with a float32 factor for each row and each feature. For both norms."""
-    features = hidden.shape[-1]
-    rows = hidden.numel() // features
-    return Work(_shape(hidden), 0, 2 * _bytes(hidden) + 4 * (rows + features))
-
-
-def _rms_norm_backward(
-    grad: Tensor,
-    grad_stride: int,
-    grad_floats: int,
-    hidden: Tensor,
-    stride: int,
-    rstd: Tensor,
-    weight: Tensor,
-    onto: Tensor | None,
-    onto_stride: int,
-    out: Tensor,
-    out_stride: int,
-    grad_weight: Tensor | None,
-    *_: float,
-) -> Work:
-    moved = (grad, hidden, rstd, weight, onto, out, grad_weight)
-    return Work(_shape(hidden), 0, sum(_bytes(tensor) for tensor in moved))
-
-
 def _rotate(
     states: Tensor,
     stride: int,
@@ -425,12 +393,20 @@ WORK: dict[str, Callable[..., Work]] = {
     "attention_backward": _attention_backward,
     "attention_decode": _attention_decode,
     "cache_append": _cache_append,
-    "rms_norm": _rms_norm,
-    "rms_norm_apply": _rms_norm,
-    "rms_norm_backward": _rms_norm_backward,
+    "rms_norm": _all_once,
+    "rms_norm_apply": _all_once,
+    "rms_norm_backward": _all_once,
+    "query_key_norm": _all_once,
+    "query_key_norm_backward": _all_once,
+    "layer_norm": _all_once,
+    "layer_norm_apply": _all_once,
+    "layer_norm_backward": _all_once,
     "rotate": _rotate,
     "gated": _all_once,
     "gated_backward": _all_once,
+    "activate": _all_once,
+    "activate_backward": _all_once,
+    "add_scaled": _all_once,
     "adamw": _adamw,
     "squared_norm": _all_once,
     "scaled_copies": _scaled_copies,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lorimer.kernels import dispatch, products
-from lorimer.kernels.dispatch import Gate, Heads, Scores, Turn
+from lorimer.kernels.dispatch import Gate, HeadNorms, Heads, Scores, Turn
 from lorimer.model.attention import PackRows, attend, attend_cache
 from lorimer.model.cache import KVCache
 from lorimer.model.experts import mixture
@@ -164,16 +164,19 @@ class Decoder:
         hidden_TH = self.embedding.rows(ids_T, self.dtype, adapted=self.adapted)
         if spec.embedding_scale != 1.0:
             # Rounded as the weights are: the original models keep it in their type.
-            hidden_TH = hidden_TH * torch.tensor(spec.embedding_scale, dtype=self.dtype)
+            scale = torch.tensor(spec.embedding_scale, dtype=self.dtype)
+            hidden_TH = dispatch.scaled(hidden_TH, float(scale))
         if self.positions is not None and positions_T is not None:
             places_T = positions_T + spec.first_position
-            hidden_TH = hidden_TH + self.positions.rows(places_T, self.dtype, adapted=self.adapted)
+            places_TH = self.positions.rows(places_T, self.dtype, adapted=self.adapted)
+            hidden_TH = dispatch.add_scaled(hidden_TH, places_TH)
         return self._seen(self.embedding.path, hidden_TH)
 
     def finish(self, hidden_MH: Tensor) -> Tensor:
         """The final norm: what the head sees. The factor on logits, where there is one, is in it."""
         states_MH = self._seen(self.final_norm.path, self.final_norm(hidden_MH, self.adapted))
-        return states_MH if self.spec.logit_scale == 1.0 else states_MH * self.spec.logit_scale
+        scale = self.spec.logit_scale
+        return states_MH if scale == 1.0 else dispatch.scaled(states_MH, scale)
 
     def head_weight(self) -> Tensor | FrozenLinear:
         """The head [V, H]: its trained copy (float32) or the frozen weight."""
@@ -222,14 +225,11 @@ class Decoder:
         self._seen(layer.qkv.name, stacked)
         if layer.query_norm is None or layer.key_norm is None:
             return stacked
-        query, key, value = self._heads.parts(stacked)
-        if self.spec.qk_norm == "all":  # over all heads of a token as one
-            query, key = stacked[:, : query[0].numel()], stacked[:, query[0].numel() : -value[0].numel()]
-        norms = layer.query_norm.norm(self.adapted), layer.key_norm.norm(self.adapted)
-        if dispatch.norm_in_place(query, norms[0]) and dispatch.norm_in_place(key, norms[1]):
-            return stacked
-        normed = layer.query_norm(query, self.adapted), layer.key_norm(key, self.adapted), value
-        return torch.cat([part.flatten(1) for part in normed], 1)
+        query, key = layer.query_norm, layer.key_norm
+        whole = self.spec.qk_norm == "all"
+        norms = HeadNorms(query.norm(self.adapted), key.norm(self.adapted), whole)
+        weights = query.parameters(self.adapted)[0], key.parameters(self.adapted)[0]
+        return dispatch.norm_heads(stacked, self._heads, norms, weights)
 
     def _scores(self, layer: Layer) -> Scores:
         return Scores(self.spec.attention_scale, layer.window, self.spec.score_cap)
@@ -289,8 +289,11 @@ class Decoder:
         if norm is None and scale == 1.0:
             return part(residual_TO=residual_TH)
         result = part(residual_TO=None)
-        result = result if norm is None else norm(result, self.adapted)
-        return torch.add(residual_TH, result, alpha=scale)
+        if norm is None:
+            return dispatch.add_scaled(residual_TH, result, scale)
+        if scale != 1.0:
+            return dispatch.add_scaled(residual_TH, norm(result, self.adapted), scale)
+        return norm.added(residual_TH, result, self.adapted)
 
     def _experts(
         self, layer: Layer, experts: Experts, source_TH: Tensor, dropouts: Dropouts | None

@@ -123,6 +123,10 @@ class NormSlot:
     def __call__(self, hidden: Tensor, adapted: bool) -> Tensor:
         return dispatch.normed(hidden, self.norm(adapted), self.parameters(adapted))
 
+    def added(self, residual: Tensor, states: Tensor, adapted: bool) -> Tensor:
+        """The residual plus the normed states."""
+        return dispatch.add_normed(residual, states, self.norm(adapted), self.parameters(adapted))
+
 
 @dataclass(slots=True)
 class Table:

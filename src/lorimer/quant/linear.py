@@ -259,9 +259,13 @@ class QuantLinear:
         need_grad: bool,
         softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        if not softcap and (native := self._native_for(hidden_MI)):
+        if native := self._native_for(hidden_MI):
             return quantised.head_loss(
-                hidden_MI, native, labels_M, weight=weight, smoothing=smoothing, need_grad=need_grad
+                *(hidden_MI, native, labels_M),
+                weight=weight,
+                smoothing=smoothing,
+                softcap=softcap,
+                need_grad=need_grad,
             )
         return products.head_loss(
             *(hidden_MI, self.dequantise(hidden_MI.dtype), labels_M),

@@ -1,158 +1,13 @@
-// What is done element by element or row by row: norms, rotation, gated units, AdamW, copies.
+// What is done element by element: rotation, units, sums, AdamW, copies.
 //
 // Arithmetic and sums are in fp32 whatever the type of the states, and each result is rounded once.
 // A result does not depend on the number of threads: where sums cross rows or blocks, the blocks are
 // the same for any number and are added in order.
 //
-// Everywhere: dtype 0 is fp32, 1 is bf16; strides are in elements; T tokens, of which each has
-// `inner` rows of `size` features (heads, or one row for hidden states) that lie one after the other.
-#include "parallel.hpp"
-#include "vector.hpp"
+// Types, strides and tokens are as in rows.hpp.
+#include "rows.hpp"
 
 namespace {
-
-// Starting the threads costs as much as this many elements.
-constexpr int64_t WORTH_A_THREAD = 20000;
-
-inline int threads_for(int threads, int64_t elements) {
-  return static_cast<int>(larger<int64_t>(1, smaller<int64_t>(threads, elements / WORTH_A_THREAD)));
-}
-
-// --- one loop over a row, whatever its length ------------------------------------------------------
-
-struct Full {
-  template <class T>
-  Vector take(const T* at) const { return load(at); }
-  template <class T>
-  void give(T* at, Vector value) const { store(at, value); }
-};
-
-// The last elements, fewer than a vector holds; zeros after them.
-struct Rest {
-  int64_t count;
-  template <class T>
-  Vector take(const T* at) const { return load_some(at, count); }
-  template <class T>
-  void give(T* at, Vector value) const { store_some(at, value, count); }
-};
-
-template <class Body>
-inline void each(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) body(i, Full{});
-  if (i < count) body(i, Rest{count - i});
-}
-
-// The sum of what `term` adds to a vector; four at a time, since one addition waits for the one before.
-template <class Term>
-inline float total(int64_t count, const Term& term) {
-  Vector sums[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + 4 * WIDTH <= count; i += 4 * WIDTH) {
-    sums[0] = term(i, Full{}, sums[0]);
-    sums[1] = term(i + WIDTH, Full{}, sums[1]);
-    sums[2] = term(i + 2 * WIDTH, Full{}, sums[2]);
-    sums[3] = term(i + 3 * WIDTH, Full{}, sums[3]);
-  }
-  for (; i + WIDTH <= count; i += WIDTH) sums[0] = term(i, Full{}, sums[0]);
-  if (i < count) sums[1] = term(i, Rest{count - i}, sums[1]);
-  return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-}
-
-// --- RMSNorm (arXiv 1910.07467) ---------------------------------------------------------------------
-
-struct Shape {
-  int64_t tokens, inner, size;
-  int64_t elements() const { return tokens * inner * size; }
-};
-
-enum Slot { SUMS, FACTORS };
-
-// What a normed feature is multiplied by: weight + offset, 1 for bases that keep their weights around 0.
-inline const float* factors_of(const float* weight, float offset, int64_t size) {
-  if (offset == 0.0f) return weight;
-  float* factors = scratch<float>(FACTORS, size);
-  each(size, [&](int64_t i, auto part) { part.give(factors + i, add(part.take(weight + i), set(offset))); });
-  return factors;
-}
-
-template <class T>
-inline void scale_row(const T* x, float rstd, const float* factors, T* out, int64_t size) {
-  const Vector rate = set(rstd);
-  each(size, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    part.give(out + i, mul(mul(part.take(x + i), rate), part.take(factors + i)));
-  });
-}
-
-template <class T>
-inline float rstd_of(const T* x, int64_t size, float eps) {
-  const float squares = total(size, [&](int64_t i, auto part, Vector so_far) __attribute__((always_inline)) {
-    const Vector value = part.take(x + i);
-    return fma(value, value, so_far);
-  });
-  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(size) + eps);
-}
-
-// `again` takes the factors of each row from rstd, else they are computed and put there.
-template <class T>
-void norm(const T* x, int64_t x_stride, const float* factors, T* out, int64_t out_stride, float* rstd, bool again,
-          float eps, const Shape& shape, int threads) {
-  parallel_range(threads_for(threads, shape.elements()), shape.tokens, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      for (int64_t i = 0; i < shape.inner; ++i) {
-        const T* row = x + t * x_stride + i * shape.size;
-        const float rate = again ? rstd[t * shape.inner + i] : rstd_of(row, shape.size, eps);
-        if (rstd && !again) rstd[t * shape.inner + i] = rate;
-        scale_row(row, rate, factors, out + t * out_stride + i * shape.size, shape.size);
-      }
-    }
-  });
-}
-
-// One row: with n = x * rstd and w the factors, rstd * (g w - n mean(g w n)), onto what is there.
-template <class G, class T>
-inline void norm_backward_row(const G* grad, const T* x, float rstd, const float* factors, const T* onto, T* out,
-                              float* grad_weight, int64_t size) {
-  const float dot = total(size, [&](int64_t i, auto part, Vector so_far) __attribute__((always_inline)) {
-    return fma(mul(part.take(grad + i), part.take(factors + i)), part.take(x + i), so_far);
-  });
-  const Vector rate = set(rstd), back = set(-(dot * rstd / static_cast<float>(size)) * rstd);
-  each(size, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    const Vector g = part.take(grad + i), value = part.take(x + i);
-    const Vector inner = fma(value, back, mul(g, part.take(factors + i)));
-    if (grad_weight) part.give(grad_weight + i, fma(g, mul(value, rate), part.take(grad_weight + i)));
-    part.give(out + i, fma(rate, inner, onto ? part.take(onto + i) : zero()));
-  });
-}
-
-// Blocks of tokens that each have a sum of their own for the weight's gradient.
-constexpr int64_t MOST_BLOCKS = 64;
-
-template <class G, class T>
-void norm_backward(const G* grad, int64_t grad_stride, const T* x, int64_t x_stride, const float* rstd,
-                   const float* factors, const T* onto, int64_t onto_stride, T* out, int64_t out_stride,
-                   float* grad_weight, const Shape& shape, int threads) {
-  const int64_t size = shape.size, block = larger<int64_t>(1, ceil_div(shape.tokens, MOST_BLOCKS));
-  const int64_t blocks = ceil_div(shape.tokens, block);
-  float* sums = grad_weight ? scratch<float>(SUMS, blocks * size) : nullptr;
-  if (sums) std::memset(sums, 0, static_cast<size_t>(blocks * size) * sizeof(float));
-  parallel_range(threads_for(threads, shape.elements()), shape.tokens, block, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      float* mine = sums ? sums + t / block * size : nullptr;
-      for (int64_t i = 0; i < shape.inner; ++i) {
-        const int64_t at = i * size;
-        norm_backward_row(grad + t * grad_stride + at, x + t * x_stride + at, rstd[t * shape.inner + i], factors,
-                          onto ? onto + t * onto_stride + at : nullptr, out + t * out_stride + at, mine, size);
-      }
-    }
-  });
-  if (!grad_weight) return;
-  each(size, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    Vector all = zero();
-    for (int64_t b = 0; b < blocks; ++b) all = add(all, part.take(sums + b * size + i));
-    part.give(grad_weight + i, all);
-  });
-}
 
 // --- rotation (arXiv 2104.09864) ---------------------------------------------------------------------
 
@@ -189,7 +44,7 @@ void rotate(const T* x, int64_t x_stride, const C* cos, const C* sin, T* out, in
   });
 }
 
-// --- gated units (arXiv 2002.05202) ------------------------------------------------------------------
+// --- units, gated (arXiv 2002.05202) and plain ------------------------------------------------------
 
 // Each gives the activation of x and its slope there.
 struct Silu {
@@ -249,6 +104,14 @@ struct Gelu {
   }
 };
 
+// Infinity times 1e60 is no NaN, and the smallest float times that is more than 1; NaN stays NaN.
+struct Relu {
+  static Vector value(Vector x, Vector* slope) {
+    *slope = min(set(1.0f), max(zero(), mul(mul(x, set(1e30f)), set(1e30f))));
+    return max(zero(), x);
+  }
+};
+
 template <class Unit, class T>
 void gated(const T* gate_up, T* out, int64_t tokens, int64_t size, int threads) {
   parallel_range(threads_for(threads, tokens * size), tokens, 1, [&](int64_t first, int64_t last) {
@@ -279,6 +142,44 @@ void gated_backward(const T* grad, const T* gate_up, T* grad_gate_up, T* again, 
         if (again) part.give(again + t * size + i, mul(value, up));
       });
     }
+  });
+}
+
+// Elements that a thread takes at a time.
+constexpr int64_t STRETCH = 4096;
+
+template <class Unit, class T>
+void activate(const T* x, T* out, int64_t count, int threads) {
+  parallel_range(threads_for(threads, count), count, STRETCH, [&](int64_t first, int64_t last) {
+    each(last - first, [&](int64_t offset, auto part) __attribute__((always_inline)) {
+      Vector slope;
+      part.give(out + first + offset, Unit::value(part.take(x + first + offset), &slope));
+    });
+  });
+}
+
+template <class Unit, class T>
+void activate_backward(const T* grad, const T* x, T* out, T* again, int64_t count, int threads) {
+  parallel_range(threads_for(threads, count), count, STRETCH, [&](int64_t first, int64_t last) {
+    each(last - first, [&](int64_t offset, auto part) __attribute__((always_inline)) {
+      const int64_t i = first + offset;
+      Vector slope;
+      const Vector value = Unit::value(part.take(x + i), &slope);
+      part.give(out + i, mul(part.take(grad + i), slope));
+      if (again) part.give(again + i, value);
+    });
+  });
+}
+
+template <class T>
+void add_scaled(const T* residual, const T* states, T* out, float scale, int64_t count, int threads) {
+  const Vector by = set(scale);
+  parallel_range(threads_for(threads, count), count, STRETCH, [&](int64_t first, int64_t last) {
+    each(last - first, [&](int64_t offset, auto part) __attribute__((always_inline)) {
+      const int64_t i = first + offset;
+      const Vector value = part.take(states + i);
+      part.give(out + i, residual ? fma(value, by, part.take(residual + i)) : mul(value, by));
+    });
   });
 }
 
@@ -374,69 +275,16 @@ void column_sums(const T* grad, int64_t stride, float* out, int64_t rows, int64_
   });
 }
 
-// body(type) with a value of the type of the states.
-template <class Body>
-inline void with_type(int dtype, const Body& body) {
-  if (dtype == 0) body(float{});
-  else body(bf16{});
-}
-
-// body(unit) for 0 SwiGLU, 1 GeGLU with tanh, 2 GeGLU.
+// body(unit) for 0 SiLU, 1 GELU with tanh, 2 GELU, 3 ReLU.
 template <class Body>
 inline void with_unit(int kind, const Body& body) {
   if (kind == 0) body(Silu{});
   else if (kind == 1) body(GeluTanh{});
-  else body(Gelu{});
+  else if (kind == 2) body(Gelu{});
+  else body(Relu{});
 }
-
-template <class T>
-inline const T* as(const void* at) { return static_cast<const T*>(at); }
-template <class T>
-inline T* as(void* at) { return static_cast<T*>(at); }
 
 }  // namespace
-
-// out = x / sqrt(mean(x^2) + eps) * (weight + offset) for each row; `rstd` [tokens, inner] may be null.
-LORIMER_EXPORT(rms_norm)
-(const void* x, int64_t x_stride, const float* weight, void* out, int64_t out_stride, float* rstd, int64_t tokens,
- int64_t inner, int64_t size, float eps, float offset, int dtype, int threads) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    norm(as<T>(x), x_stride, factors_of(weight, offset, size), as<T>(out), out_stride, rstd, false, eps, {tokens, inner, size},
-         threads);
-  });
-}
-
-// The same again from the saved rstd.
-LORIMER_EXPORT(rms_norm_apply)
-(const void* x, int64_t x_stride, float* rstd, const float* weight, void* out, int64_t out_stride, int64_t tokens,
- int64_t inner, int64_t size, float offset, int dtype, int threads) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    norm(as<T>(x), x_stride, factors_of(weight, offset, size), as<T>(out), out_stride, rstd, true, 0.0f, {tokens, inner, size},
-         threads);
-  });
-}
-
-// out = onto + gradient of x; `onto` and grad_weight [size] may be null; out may be onto, or grad if that
-// is of x's type. The gradient is fp32 if grad_floats, else of x's type.
-LORIMER_EXPORT(rms_norm_backward)
-(const void* grad, int64_t grad_stride, int grad_floats, const void* x, int64_t x_stride, const float* rstd,
- const float* weight, const void* onto, int64_t onto_stride, void* out, int64_t out_stride, float* grad_weight,
- int64_t tokens, int64_t inner, int64_t size, float offset, int dtype, int threads) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    const float* factors = factors_of(weight, offset, size);
-    const Shape shape = {tokens, inner, size};
-    if (grad_floats) {
-      norm_backward(as<float>(grad), grad_stride, as<T>(x), x_stride, rstd, factors, as<T>(onto), onto_stride,
-                    as<T>(out), out_stride, grad_weight, shape, threads);
-    } else {
-      norm_backward(as<T>(grad), grad_stride, as<T>(x), x_stride, rstd, factors, as<T>(onto), onto_stride,
-                    as<T>(out), out_stride, grad_weight, shape, threads);
-    }
-  });
-}
 
 // Turns the first 2 * half features of each head, feature i with i + half; sign -1 turns back. cos and
 // sin are [tokens, half], fp32 if table_floats, else of x's type. out may be x.
@@ -477,6 +325,34 @@ LORIMER_EXPORT(gated_backward)
   });
 }
 
+// out = activation(x) for `count` elements.
+LORIMER_EXPORT(activate)(const void* x, void* out, int64_t count, int kind, int dtype, int threads) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    with_unit(kind, [&](auto unit) { activate<decltype(unit)>(as<T>(x), as<T>(out), count, threads); });
+  });
+}
+
+// out = gradient of x, and the activation again unless `again` is null. out may be grad or x.
+LORIMER_EXPORT(activate_backward)
+(const void* grad, const void* x, void* out, void* again, int64_t count, int kind, int dtype, int threads) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    with_unit(kind, [&](auto unit) {
+      activate_backward<decltype(unit)>(as<T>(grad), as<T>(x), as<T>(out), as<T>(again), count, threads);
+    });
+  });
+}
+
+// out = residual + scale * states for `count` elements; residual may be null. out may be either.
+LORIMER_EXPORT(add_scaled)
+(const void* residual, const void* states, void* out, float scale, int64_t count, int dtype, int threads) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    add_scaled(as<T>(residual), as<T>(states), as<T>(out), scale, count, threads);
+  });
+}
+
 // One step over flat buffers; the first decay_until parameters are multiplied by `keep`. The gradient is
 // multiplied by grad_scale before use and zero afterwards. keep = 1 - lr * weight_decay, new1 = 1 - beta1,
 // new2 = 1 - beta2, rate = lr / (1 - beta1^step), root = sqrt(1 - beta2^step).
@@ -494,7 +370,7 @@ LORIMER_EXPORT(adamw)
 // The sum of squares, in double.
 LORIMER_EXPORT(squared_norm)(const float* values, int64_t n, double* result, int threads) {
   const int64_t blocks = ceil_div(n, BLOCK);
-  double* sums = scratch<double>(SUMS, blocks);
+  double* sums = scratch<double>(0, blocks);
   parallel_range(threads_for(threads, n), blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) sums[b] = squares(values + b * BLOCK, smaller(BLOCK, n - b * BLOCK));
   });
@@ -522,6 +398,7 @@ LORIMER_EXPORT(column_sums)
   });
 }
 
-LORIMER_ON_TAPE(rms_norm)
 LORIMER_ON_TAPE(rotate)
 LORIMER_ON_TAPE(gated)
+LORIMER_ON_TAPE(activate)
+LORIMER_ON_TAPE(add_scaled)

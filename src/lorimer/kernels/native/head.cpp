@@ -11,7 +11,7 @@
 
 namespace {
 
-enum Slot { FORWARD = 5, BACKWARD, LOGITS, NARROW, STATE, SUMS, COPY_HEAD, STRIP_HEAD = 13, CHOSEN };
+enum Slot { SLOPES, NARROW_SLOPES, FORWARD = 5, BACKWARD, LOGITS, NARROW, STATE, SUMS, COPY_HEAD, STRIP_HEAD = 13, CHOSEN };
 
 // Positions that share one sweep: their sums, [positions, H] floats, stay in the second cache.
 constexpr int64_t MOST_POSITIONS = 192;
@@ -30,6 +30,7 @@ struct Head {
   void* grad;
   int64_t m, h, v, stride;
   float weight, smoothing;
+  float cap;    // logits become cap * tanh(logits / cap), unless it is 0
   Parts parts;  // the head where it is quantised, else none
 };
 
@@ -39,6 +40,7 @@ struct Share {
   float *reference, *label;    // [positions]
   float *sums, *recent;        // [positions, width]: of earlier tiles, and of the last few
   float* head_sum;             // [width]
+  float* slope_sum;            // [positions, width]: its rows times the slopes of capped logits
 };
 
 template <class T>
@@ -46,6 +48,17 @@ struct Sizes {
   static constexpr bool PAIRED = PAIRS && sizeof(T) == 2;
   static constexpr int64_t TILE = PAIRED || 4 * PANEL < 64 ? 4 * PANEL : 64;
 };
+
+// Caps a row of a tile; `slopes` are those of the capped logits by what they were, unless null.
+inline void cap_row(float* z, int64_t columns, int64_t tile, float cap, float* slopes) {
+  const Vector per_cap = set(1.0f / cap), high = set(cap);
+  for (int64_t j = 0; j < tile; j += WIDTH) {
+    const Vector bent = tanh(mul(load(z + j), per_cap));
+    store(z + j, mul(high, bent));
+    if (slopes) store(slopes + j, fma(sub(zero(), bent), bent, set(1.0f)));
+  }
+  for (int64_t j = columns; slopes && j < tile; ++j) slopes[j] = 0.0f;
+}
 
 // One row of a tile: logits become exp(z - reference), summed; the reference moves if it must.
 inline void weigh_row(float* z, int64_t columns, int64_t tile, int64_t i, bool first_tile, int64_t width, bool gradient,
@@ -83,7 +96,10 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
   T* strip = job.parts.count ? scratch<T>(STRIP_HEAD, TILE * job.h) : nullptr;
   const T* hidden = static_cast<const T*>(job.hidden) + start * job.stride;
   const int64_t units = units_of<T>(job.h), back_units = units_of<T>(TILE);
-  const bool gradient = job.grad != nullptr, smoothing = job.smoothing != 0.0f;
+  const bool gradient = job.grad != nullptr, smoothing = job.smoothing != 0.0f, capped = job.cap > 0.0f;
+  const bool bent = gradient && smoothing && capped;  // every token's even share has a slope of its own
+  float* slopes = gradient && capped ? scratch<float>(SLOPES, count * TILE) : nullptr;
+  bf16* narrow_slopes = bent && PAIRED ? scratch<bf16>(NARROW_SLOPES, count * TILE) : nullptr;
   float* forward = scratch<float>(FORWARD, TILE * units);
   float* backward = gradient ? scratch<float>(BACKWARD, back_units * width) : nullptr;
   float* logits = scratch<float>(LOGITS, count * TILE);
@@ -102,6 +118,7 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
   }
   for (int64_t i = 0; gradient && i < count * width; ++i) share.sums[i] = share.recent[i] = 0.0f;
   for (int64_t i = 0; smoothing && i < width; ++i) share.head_sum[i] = 0.0f;
+  for (int64_t i = 0; bent && i < count * width; ++i) share.slope_sum[i] = 0.0f;
   int64_t since = 0;
   for (int64_t tile = first_row; tile < last_row; tile += TILE) {
     const int64_t columns = smaller(TILE, last_row - tile);
@@ -118,26 +135,35 @@ void sweep(const Head& job, int64_t start, int64_t count, int64_t first_row, int
     }
     for (int64_t i = 0; i < count; ++i) {
       float* z = logits + i * TILE;
+      float* slope = slopes ? slopes + i * TILE : nullptr;
+      if (capped) cap_row(z, columns, TILE, job.cap, slope);
       const int64_t label = job.labels[start + i] - tile;
       if (label >= 0 && label < columns) share.label[i] = z[label];
       for (int64_t j = 0; smoothing && j < columns; ++j) share.logits[i] += static_cast<double>(z[j]);
       weigh_row(z, columns, TILE, i, tile == first_row, width, gradient, share);
+      for (int64_t j = 0; slope && j < TILE; j += WIDTH) store(z + j, mul(load(z + j), load(slope + j)));
       for (int64_t j = 0; PAIRED && j < TILE; j += WIDTH) store(narrow_p + i * TILE + j, load(z + j));
+      for (int64_t j = 0; narrow_slopes && j < TILE; j += WIDTH)
+        store(narrow_slopes + i * TILE + j, load(slope + j));
     }
     if (!gradient) continue;
     const int64_t here = units_of<T>(columns);
     for (int64_t j = 0; j < job.h; j += PANEL)
       pack_rows(head + j, job.h, columns, smaller<int64_t>(PANEL, job.h - j), backward + j * back_units);
-    if (smoothing)
+    if (smoothing && !capped)
       for (int64_t k = 0; k < columns; ++k)
         for (int64_t j = 0; j < job.h; ++j) share.head_sum[j] += widen(head[k * job.h + j]);
     const char* p = PAIRED ? reinterpret_cast<const char*>(narrow_p) : reinterpret_cast<const char*>(logits);
     const int64_t p_bytes = TILE * (PAIRED ? 2 : 4);
+    const char* s = PAIRED ? reinterpret_cast<const char*>(narrow_slopes) : reinterpret_cast<const char*>(slopes);
     for (int64_t at = 0, block; at < count; at += block) {
       block = Blocks::next(count - at);
-      for (int64_t j = 0; j < job.h; j += PANEL)
-        Blocks::run(block, {p + at * p_bytes, p_bytes, backward + j * back_units, here}, share.recent + at * width + j,
-                    width, true);
+      for (int64_t j = 0; j < job.h; j += PANEL) {
+        const float* panel = backward + j * back_units;
+        Blocks::run(block, {p + at * p_bytes, p_bytes, panel, here}, share.recent + at * width + j, width, true);
+        if (bent)
+          Blocks::run(block, {s + at * p_bytes, p_bytes, panel, here}, share.slope_sum + at * width + j, width, true);
+      }
     }
     if (++since < TOGETHER && tile + TILE < last_row) continue;
     since = 0;
@@ -170,12 +196,14 @@ void combine(const Head& job, const Share* shares, int parts, int64_t position, 
   if (decoded) read_row(job.parts, job.labels[position], 0, job.h, decoded);
   const T* chosen = decoded ? decoded : static_cast<const T*>(job.head) + job.labels[position] * job.h;
   T* grad = static_cast<T*>(job.grad) + position * job.h;
-  const Vector hit = set(smoothing - 1.0f), even = set(-smoothing / static_cast<float>(job.v));
+  const float level = job.cap > 0.0f ? label / job.cap : 0.0f;
+  const Vector hit = set((smoothing - 1.0f) * (1.0f - level * level)), even = set(-smoothing / static_cast<float>(job.v));
   for (int64_t j = 0; j < job.h; j += WIDTH) {
     Vector value = zero();
     for (int t = 0; t < parts; ++t) value = fma(load(shares[t].sums + i * width + j), set(static_cast<float>(static_cast<double>(factors[t]) / total)), value);
     value = fma(load_upto(chosen + j, job.h - j), hit, value);
-    for (int t = 0; smoothing != 0.0f && t < parts; ++t) value = fma(load(shares[t].head_sum + j), even, value);
+    for (int t = 0; smoothing != 0.0f && t < parts; ++t)
+      value = fma(load(job.cap > 0.0f ? shares[t].slope_sum + i * width + j : shares[t].head_sum + j), even, value);
     store_upto(grad + j, mul(value, set(job.weight)), job.h - j);
   }
 }
@@ -186,15 +214,17 @@ void head_loss(const Head& job, int threads) {
   const int64_t width = ceil_div(job.h, PANEL) * PANEL, tiles = ceil_div(job.v, TILE);
   const int parts = static_cast<int>(smaller<int64_t>(smaller<int64_t>(threads, 256), tiles));
   const int64_t rounds = ceil_div(job.m, MOST_POSITIONS), most = ceil_div(job.m, rounds);
-  const int64_t block = most * width;
+  const int64_t block = most * width, slopes = job.grad && job.smoothing != 0.0f && job.cap > 0.0f ? block : 0;
+  const int64_t each = 2 * block + width + slopes;
   double* totals = scratch<double>(STATE, parts * 3 * most);
-  float* sums = scratch<float>(SUMS, parts * (2 * block + width));
+  float* sums = scratch<float>(SUMS, parts * each);
   Share shares[256];
   for (int t = 0; t < parts; ++t) {
     double* mine = totals + t * 3 * most;
     float* floats = reinterpret_cast<float*>(mine + 2 * most);
-    float* my_sums = sums + t * (2 * block + width);
-    shares[t] = {mine, mine + most, floats, floats + most, my_sums, my_sums + block, my_sums + 2 * block};
+    float* my_sums = sums + t * each;
+    shares[t] = {mine, mine + most, floats, floats + most, my_sums, my_sums + block, my_sums + 2 * block,
+                 my_sums + 2 * block + width};
   }
   for (int64_t start = 0; start < job.m; start += most) {
     const int64_t count = smaller(most, job.m - start);
@@ -211,12 +241,12 @@ void head_loss(const Head& job, int threads) {
 }  // namespace
 
 // hidden [M, H] with `stride` elements a row and head [V, H], both of dtype (0 fp32, 1 bf16); labels
-// int64 [M] in 0..V-1; losses fp32 [M]; grad [M, H] of weight * sum(losses), in dtype, or null.
+// int64 [M] in 0..V-1; losses fp32 [M]; grad [M, H] of weight * sum(losses), in dtype, or null. cap 0 is none.
 LORIMER_EXPORT(head_loss)
 (const void* hidden, int64_t stride, const void* head, const int64_t* labels, float* losses, void* grad, int64_t m,
- int64_t h, int64_t v, float weight, float smoothing, int dtype, int threads) {
+ int64_t h, int64_t v, float weight, float smoothing, float cap, int dtype, int threads) {
   if (m <= 0 || v <= 0) return;
-  Head job{hidden, head, labels, losses, grad, m, h, v, stride, weight, smoothing, {}};
+  Head job{hidden, head, labels, losses, grad, m, h, v, stride, weight, smoothing, cap, {}};
   if (dtype == 0) head_loss<float>(job, threads);
   else head_loss<bf16>(job, threads);
 }
@@ -224,9 +254,9 @@ LORIMER_EXPORT(head_loss)
 // As head_loss, with a quantised head.
 LORIMER_EXPORT(quantised_head_loss)
 (const void* hidden, int64_t stride, const Part* parts, int64_t part_count, const int64_t* labels, float* losses,
- void* grad, int64_t m, int64_t h, int64_t v, float weight, float smoothing, int dtype, int threads) {
+ void* grad, int64_t m, int64_t h, int64_t v, float weight, float smoothing, float cap, int dtype, int threads) {
   if (m <= 0 || v <= 0) return;
-  Head job{hidden, nullptr, labels, losses, grad, m, h, v, stride, weight, smoothing, {parts, part_count}};
+  Head job{hidden, nullptr, labels, losses, grad, m, h, v, stride, weight, smoothing, cap, {parts, part_count}};
   if (dtype == 0) head_loss<float>(job, threads);
   else head_loss<bf16>(job, threads);
 }

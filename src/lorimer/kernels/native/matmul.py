@@ -13,7 +13,7 @@ from lorimer.kernels import workspace
 from lorimer.kernels.native.library import Kernel
 
 _matmul = Kernel("matmul", "pli" + "pli" + "l" + "pl" + "pli" + "l" + "p" + "pl" + "plii" + "pl" + "llfii")
-_head_loss = Kernel("head_loss", "plppppl" + "llffii")
+_head_loss = Kernel("head_loss", "plppppl" + "llfffii")
 
 BF16 = torch.bfloat16
 
@@ -95,6 +95,7 @@ def head_loss(
     *,
     weight: float,
     smoothing: float = 0.0,
+    softcap: float = 0.0,
     need_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Each position's loss (float32 [M]) and the gradient of weight * their sum, if asked for.
@@ -112,7 +113,7 @@ def head_loss(
     grad_MH = workspace.empty((positions, size), hidden_MH.dtype) if need_grad else None
     _head_loss(
         *(hidden_MH, stride, head_VH, labels_M.contiguous(), losses_M, grad_MH),
-        *(positions, size, head_VH.shape[0], weight, smoothing),
+        *(positions, size, head_VH.shape[0], weight, smoothing, softcap),
         *(hidden_MH.dtype == BF16, torch.get_num_threads()),
     )
     return losses_M, grad_MH

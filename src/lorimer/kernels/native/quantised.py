@@ -23,7 +23,7 @@ from lorimer.kernels.native.matmul import BF16, _check_labels, _rows
 _matmul = Kernel(
     "quantised_matmul", "pl" + "pli" + "l" + "pl" + "pli" + "l" + "p" + "pl" + "pli" + "pl" + "llfii"
 )
-_head_loss = Kernel("quantised_head_loss", "plplpppl" + "llffii")
+_head_loss = Kernel("quantised_head_loss", "plplpppl" + "llfffii")
 _read_rows = Kernel("quantised_rows", "plplll" + "pii")
 
 
@@ -229,6 +229,7 @@ def head_loss(
     *,
     weight: float,
     smoothing: float = 0.0,
+    softcap: float = 0.0,
     need_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """As matmul.head_loss, with a quantised head [V, H]."""
@@ -242,7 +243,7 @@ def head_loss(
     grad_MH = workspace.empty((positions, size), hidden_MH.dtype) if need_grad else None
     _head_loss(
         *(hidden_MH, stride, head.words, len(head.parts), labels_M.contiguous(), losses_M, grad_MH),
-        *(positions, size, head.shape[0], weight, smoothing),
+        *(positions, size, head.shape[0], weight, smoothing, softcap),
         *(hidden_MH.dtype == BF16, torch.get_num_threads()),
     )
     return losses_M, grad_MH

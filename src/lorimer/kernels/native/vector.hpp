@@ -302,4 +302,21 @@ inline Vector exp(Vector x) {
 
 inline Vector sigmoid(Vector x) { return div(set(1.0f), add(set(1.0f), exp(sub(zero(), x)))); }
 
+// tanh to within 3 units in the last place: an odd over an even polynomial, as in Eigen.
+inline Vector tanh(Vector x) {
+  x = min(set(7.90531111f), max(set(-7.90531111f), x));
+  const Vector square = mul(x, x);
+  Vector above = set(-2.76076847742355e-16f), below = set(1.19825839466702e-06f);
+  above = fma(above, square, set(2.00018790482477e-13f));
+  above = fma(above, square, set(-8.60467152213735e-11f));
+  above = fma(above, square, set(5.12229709037114e-08f));
+  above = fma(above, square, set(1.48572235717979e-05f));
+  above = fma(above, square, set(6.37261928875436e-04f));
+  above = fma(above, square, set(4.89352455891786e-03f));
+  below = fma(below, square, set(1.18534705686654e-04f));
+  below = fma(below, square, set(2.26843463243900e-03f));
+  below = fma(below, square, set(4.89352518554385e-03f));
+  return div(mul(x, above), below);
+}
+
 }  // namespace
