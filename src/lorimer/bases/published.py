@@ -1,4 +1,4 @@
-"""Published files as transformers has them now: some are older than their prefix, some hold more than text."""
+"""Published files as transformers has them now: some are older than a prefix, some hold more than text."""
 
 from __future__ import annotations
 
