@@ -36,6 +36,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 24}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "num_attention_heads": 4, "head_dim": 14}),
     "qwen3": ("qwen3", {}),
+    # Norms around each part, capped scores and logits; a fused weight beside a unit without a gate.
+    "gemma2": ("gemma2", {"sliding_window": 24}),
+    "falcon": ("falcon", {}),
 }
 
 
