@@ -16,6 +16,7 @@ help:
 	@echo "make crashes     some 500 kills and 1,700 disk faults, each run resumed and compared: 80 minutes"
 	@echo "make plants      classic bugs put back one at a time: do the tests turn red? 20 minutes"
 	@echo "make templates   1,000 random chats for each of 41 chat templates: what training makes, what inference feeds"
+	@echo "make mutants     1,800 small changes of loss, mask, pack, merge, checkpoint: does a test fail? 25 minutes"
 	@echo "make mutations   10,000 damaged inputs: one message each, no traceback; an hour"
 	@echo "make docs        write the generated pages of docs/ anew"
 	@echo "make sanitize    the kernels' tests with address and undefined-behaviour checks"
@@ -57,6 +58,10 @@ plants: $(VENV)/.installed-test
 
 templates: $(VENV)/.installed-test
 	$(RUN)/python tests/data/chat_campaign.py
+
+mutants: $(VENV)/.installed-test
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/mutants/requirements.txt
+	nice $(RUN)/python tests/mutants/run.py
 
 mutations: $(VENV)/.installed-test
 	$(RUN)/python tests/crash/mutate.py
@@ -108,6 +113,6 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/.pyt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .venv-llamacpp .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .mutants $(VENV) .venv-bench .venv-bench-torchtune .venv-bench-llamafactory .venv-llamacpp .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help quickstart test bench bench-all large memory crashes plants templates mutations llamacpp docs sanitize clean
+.PHONY: help quickstart test bench bench-all large memory crashes plants templates mutants mutations llamacpp docs sanitize clean

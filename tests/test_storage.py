@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,10 @@ from lorimer.storage import (
     check_space,
     check_writable,
     clear_staged,
+    explain,
+    free_bytes,
+    make_folder,
+    remove_folder,
     verify_folder,
     write_file,
     write_folder,
@@ -284,5 +289,229 @@ def test_a_disk_that_cannot_be_written_shows_by_writing(
     check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(Path, "write_bytes", read_only)
-    with pytest.raises(StorageError, match="Read-only file system"):
+    with pytest.raises(StorageError, match="Read-only file system") as caught:
         check_writable(tmp_path / "a" / "b")
+    assert caught.value.path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "about"),
+    [
+        (OSError(errno.EACCES, "no entry"), "cannot write: no entry", "given"),
+        (OSError("words alone"), "cannot write: words alone", "given"),
+        (OSError(errno.EACCES, "no entry", "theirs"), "cannot write: no entry", "theirs"),
+        (OSError(errno.EACCES, "no entry", 3), "cannot write: no entry", "given"),
+        (
+            OSError(errno.EDQUOT, "over quota"),
+            "cannot write: over quota (9 bytes needed, 8 bytes free)",
+            "given",
+        ),
+    ],
+)
+def test_an_error_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, says: str, about: str
+) -> None:
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 8)
+    told = explain(error, Path("given"), 9)
+    assert (told.problem, told.path) == (says, about)
+
+
+def test_a_place_that_is_nowhere_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drive that is not there has no folder that is."""
+    assert free_bytes(tmp_path / "not" / "yet") > 0
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert free_bytes(tmp_path) == 0
+
+
+def test_a_folder_is_made_with_those_above_it_and_may_be_there(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "a" / "b") == make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_everything_is_on_the_disk_before_its_name_is_and_the_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is synced, in order, and when the rename is: power may fail at any moment."""
+    done: list[str] = []
+    real = {"_sync": storage._sync, "_swap": storage._swap, "replace": os.replace}
+
+    def heard(name: str) -> Callable[..., None]:
+        def call(path: Path, *more: Any) -> None:
+            done.append(f"{name} {path.name}")
+            real[name](path, *more)
+
+        return call
+
+    for name in ("_sync", "_swap"):
+        monkeypatch.setattr(storage, name, heard(name))
+    monkeypatch.setattr(os, "replace", heard("replace"))
+    (tmp_path / "runs").mkdir()
+    write_folder(tmp_path / "runs" / "x", filler(OLD))
+    staged = f".staged-x-{os.getpid()}"
+    wanted = ["a.txt", "b.bin", "manifest.json", staged]
+    assert done == [*(f"_sync {name}" for name in wanted), f"_swap {staged}", "_sync runs"]
+    done.clear()
+    write_file(tmp_path / "runs" / "f", "text")
+    assert done == [f"_sync .staged-f-{os.getpid()}", f"replace .staged-f-{os.getpid()}", "_sync runs"]
+
+
+def test_what_an_earlier_process_of_the_same_number_left_is_not_taken_in(tmp_path: Path) -> None:
+    staged = tmp_path / f".staged-x-{os.getpid()}"
+    staged.mkdir()
+    (staged / "junk").write_text("j", encoding="utf-8")
+    write_folder(tmp_path / "x", filler(NEW))
+    assert content(tmp_path / "x") == NEW
+
+
+def test_tensors_keep_their_metadata_and_an_error_without_a_number_is_one_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    path, tensors = tmp_path / "t.safetensors", {"a": torch.ones(3)}
+    write_tensors(path, tensors, {"format": "pt"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_tensor("a").tolist() == [1, 1, 1]
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing")
+
+    monkeypatch.setattr("safetensors.torch.save_file", broken)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_tensors(path, tensors)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+
+
+def test_a_folder_is_removed_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First it loses its name; what cannot be deleted then lies under a staged one, to be cleared."""
+    for name in ("x", "y", "z"):
+        write_folder(tmp_path / name, filler(OLD))
+    remove_folder(tmp_path / "x")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["y", "z"]
+
+    def stuck(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", stuck)
+        remove_folder(tmp_path / "y")
+    assert content(tmp_path / "y") == OLD
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", stuck)
+        remove_folder(tmp_path / "z")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f".staged-gone-z-{os.getpid()}", "y"]
+    clear_staged(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["y"]
+    remove_folder(tmp_path / "never")
+
+
+class Library:
+    """The C library: `renameat2` answers with this error, or is not there, or does its work."""
+
+    def __init__(self, code: int | None) -> None:
+        if code is not None:
+            self.renameat2 = lambda *given: -1 if code else 0
+
+
+@pytest.mark.parametrize(
+    ("code", "system", "swapped"),
+    [
+        (0, "posix", True),
+        (0, "nt", False),
+        (None, "posix", False),
+        (errno.ENOSYS, "posix", False),
+        (errno.EINVAL, "posix", False),
+        (errno.EACCES, "posix", None),
+    ],
+)
+def test_what_a_system_says_to_a_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None, system: str, swapped: bool | None
+) -> None:
+    made: list[Any] = []
+
+    def library(name: None, *, use_errno: bool = False) -> Library:
+        made.append((name, use_errno))
+        return Library(code)
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.ctypes, "CDLL", library)
+        patch.setattr(storage.ctypes, "get_errno", lambda: code)
+        patch.setattr(os, "name", system)
+        if swapped is None:
+            with pytest.raises(PermissionError, match="Permission denied") as caught:
+                storage._exchange(one, other)
+            assert (caught.value.errno, caught.value.filename) == (errno.EACCES, str(other))
+        else:
+            assert storage._exchange(one, other) is swapped
+    assert made == ([(None, True)] if system == "posix" else [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has renameat2")
+def test_two_folders_are_swapped_in_one_call(tmp_path: Path) -> None:
+    """And an error of that call is one of the disk, with its number."""
+    for name, files in (("one", OLD), ("other", NEW)):
+        write_folder(tmp_path / name, filler(files), manifest=False)
+    assert storage._exchange(tmp_path / "one", tmp_path / "other") is True
+    assert (tree(tmp_path / "one"), tree(tmp_path / "other")) == (NEW, OLD)
+    with pytest.raises(FileNotFoundError) as caught:
+        storage._exchange(tmp_path / "one", tmp_path / "none")
+    assert caught.value.filename == str(tmp_path / "none")
+
+
+def test_what_was_moved_aside_and_cannot_be_deleted_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    write_folder(tmp_path / "x", filler(OLD))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_exchange", lambda one, other: False)
+        patch.setattr(os, "rmdir", stuck)
+        write_folder(tmp_path / "x", filler(NEW))
+    assert content(tmp_path / "x") == NEW
+    clear_staged(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_clearing_says_where_it_failed_and_keeps_names_with_a_dash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".staged-old-step-000007-99").mkdir()
+    clear_staged(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-000007"]
+
+    def stuck(path: Path) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    (tmp_path / ".staged-f-9").touch()
+    monkeypatch.setattr(Path, "unlink", stuck)
+    with pytest.raises(StorageError, match="busy") as caught:
+        clear_staged(tmp_path)
+    assert caught.value.path == str(tmp_path)
+
+
+def test_making_a_folder_says_where_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(path: Path, **_: Any) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(Path, "mkdir", stuck)
+    with pytest.raises(StorageError, match="read-only") as caught:
+        make_folder(tmp_path / "a")
+    assert caught.value.path == str(tmp_path / "a")
+
+
+def test_a_manifest_has_a_format_and_syncing_keeps_no_file_open(tmp_path: Path) -> None:
+    def opened() -> int:
+        return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+
+    write_folder(tmp_path / "w", filler(OLD))
+    before = opened()
+    write_folder(tmp_path / "x", filler(OLD))
+    assert opened() == before
+    manifest = json.loads((tmp_path / "x" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["format"] == 1
+    assert set(manifest["files"]) == set(OLD)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorimer.data.conversation import Message, detect_format, to_conversation, to_messages
+from lorimer.data.conversation import Conversation, Message, detect_format, to_conversation, to_messages
 from lorimer.data.rows import Row, read_rows, scan_rows
 from lorimer.errors import DataError
 
@@ -426,3 +426,61 @@ def test_whatever_is_in_a_file_becomes_a_row_or_one_message(tmp_path: Path, seed
             except DataError as error:
                 outcomes.add(error.path == str(path))
     assert outcomes == {"read", True}
+
+
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ({"messages": [U, A]}, "q"),
+        ({"system": "s", "messages": [U, A, {"role": "user", "content": "more"}, A]}, "s\nq\na\nmore"),
+        ({"messages": [U, A, {"role": "user", "content": "last"}]}, "q"),
+        ({"text": "words"}, "words"),
+    ],
+)
+def test_what_was_asked_is_all_before_the_last_answer(said: dict[str, Any], asked: str) -> None:
+    assert to_conversation(row(said)).asked == asked
+
+
+def test_what_is_asked_of_a_chat_without_an_answer_is_all_of_it() -> None:
+    assert Conversation((Message("user", "a"), Message("user", "b")), None, None, "x:1").asked == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"messages": "q"}, "`messages` is text"),
+        ({"conversations": "q"}, "`conversations` is text"),
+        ({"prompt": 3, "completion": "a"}, "`prompt` is a number"),
+        ({"prompt": "q", "completion": 3}, "`completion` is a number"),
+        ({"system": 3, "messages": [U, A]}, "`system` is a number"),
+        ({"instruction": "q", "output": "a", "history": [[3, "a"]]}, "`history` is a number"),
+        ({"instruction": "q", "output": "a", "history": [["q", 3]]}, "`history` is a number"),
+        ({"messages": [U, {**A, "training": False}]}, "message 2: `training: false` asks not to train"),
+        ({"messages": [U, {**A, "weight": 0.0}]}, "message 2: `weight: 0.0` asks not to train"),
+    ],
+)
+def test_what_is_wrong_is_called_by_its_key(value: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        to_conversation(row(value))
+    assert problem in caught.value.problem
+
+
+@pytest.mark.parametrize("weight", [1, True, 1.0])
+def test_a_turn_that_is_to_be_trained_may_say_so(weight: Any) -> None:
+    assert turns({"messages": [U, {**A, "weight": weight, "train": True}]}) == turns({"messages": [U, A]})
+
+
+def test_a_format_that_there_is_not_is_refused_with_those_there_are() -> None:
+    with pytest.raises(DataError, match="no format `chat`") as caught:
+        to_conversation(row({"messages": [U, A]}), "chat")
+    assert caught.value.fix == (
+        "Set `data.format` to one of auto, messages, sharegpt, alpaca, completion, text."
+    )
+
+
+def test_a_call_in_sharegpts_words_is_a_call() -> None:
+    call = {"name": "add", "arguments": {"x": 1}}
+    value = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}]
+    (_, turn) = to_conversation(row({"conversations": value})).messages
+    assert (turn.role, turn.content) == ("assistant", "")
+    assert turn.tool_calls == ({"type": "function", "function": call},)

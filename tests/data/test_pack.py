@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from lorimer.data.pack import Pack, make_pack, split_into_packs
+from lorimer.data.pack import LEAST_PREFIX, Pack, make_pack, shared_prefix, split_into_packs
 from tiny import example
 
 
@@ -133,3 +133,56 @@ def test_a_shared_prefix_fills_a_pack_once() -> None:
     assert sorted(row for pack in packs for row in pack.rows) == list(range(16))
     assert [pack.computed_tokens for pack in packs] == [500 + 15 * 60, 560]
     assert len(split_into_packs(rows, 1460)) == 8
+
+
+LONG = list(range(20, 32))
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([[*LONG, 1]], 0),
+        ([[*LONG, 1], [*LONG, 2]], 12),
+        ([[*LONG, 1], [*LONG, 2], [*LONG[:9], 3, 4]], 9),
+        ([[*LONG[:9], 3, 4], [*LONG, 1], [*LONG, 2]], 9),
+        ([[*LONG, 1], [*LONG[:8], 3]], LEAST_PREFIX),
+        ([[*LONG, 1], [*LONG[:7], 3]], 0),
+        # A row that is the prefix keeps its last token for itself.
+        ([[*LONG, 1], LONG], 11),
+        ([LONG, LONG], 11),
+    ],
+)
+def test_what_rows_have_in_common(rows: list[list[int]], wanted: int) -> None:
+    assert shared_prefix([example(ids, [False] * len(ids)) for ids in rows]) == wanted
+
+
+@pytest.mark.parametrize(("first", "wanted"), [(9, 9), (10, 10), (11, 11), (8, 8), (5, 0)])
+def test_what_is_trained_is_not_shared(first: int, wanted: int) -> None:
+    """The first trained token of any row ends what is shared; a mark on a row's first token is none."""
+    plain = example([*LONG, 1], [False] * 13)
+    marked = example([*LONG, 2], [i >= first or i == 0 for i in range(13)])
+    assert shared_prefix([plain, marked]) == shared_prefix([marked, plain]) == wanted
+
+
+def test_nothing_is_shared_or_trimmed_if_nobody_asks() -> None:
+    rows = [example([*LONG, n, 9], [False] * 12 + [True, False]) for n in (1, 2)]
+    pack = make_pack(rows, [0, 1])
+    assert (pack.prefix, pack.lengths) == (0, (14, 14))
+    (pack,) = split_into_packs(rows, 99)
+    assert (pack.prefix, pack.lengths) == (0, (14, 14))
+    (pack,) = split_into_packs(rows, 99, trim=True)
+    assert (pack.prefix, pack.lengths) == (0, (12, 12))
+
+
+def test_rows_behind_a_prefix_predict_from_where_they_lie() -> None:
+    """Two rows of three own tokens behind twelve: the last two of each are trained."""
+    rows = [example([*LONG, n, n, n], [False] * 13 + [True] * 2) for n in (1, 2)]
+    pack = make_pack(rows, [0, 1], share=True)
+    assert pack.ids_T.tolist() == [*LONG, 1, 1, 1, 2, 2, 2]
+    assert (pack.predict_M.tolist(), pack.labels_M.tolist()) == ([12, 13, 15, 16], [1, 1, 2, 2])
+
+
+def test_a_row_that_trains_nothing_is_not_trimmed() -> None:
+    rows = [example([5, 6, 7], [False] * 3), example([8, 9, 10, 11], [False, True, False, False])]
+    pack = make_pack(rows, [0, 1], trim=True)
+    assert (pack.rows, pack.lengths) == ((0, 1), (3, 1))

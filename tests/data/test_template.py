@@ -553,6 +553,91 @@ def test_the_tokens_that_end_an_answer(name: str, ends: list[str]) -> None:
     assert [template.tokenizer.token(number) for number in template.end_ids] == ends
 
 
+@pytest.mark.parametrize(
+    ("between", "ends"), [("", ["<|endoftext|>", "<|im_end|>"]), ("so", ["<|endoftext|>"])]
+)
+def test_words_between_two_tokens_at_the_end_make_the_first_part_of_the_answer(
+    between: str, ends: list[str]
+) -> None:
+    tokenizer = tokenizer_of("glm")
+    source = f"{{% for m in messages %}}{{{{ m.content }}}}<|im_end|>{between}<|endoftext|>{{% endfor %}}"
+    template = ChatTemplate(source, tokenizer)
+    assert [tokenizer.token(number) for number in template.end_ids] == ends
+
+
+def test_the_default_ends_turns_as_chatml_where_the_base_knows_it_though_a_text_ends_otherwise() -> None:
+    tokenizer = tokenizer_of("glm")
+    assert tokenizer.eos_id == tokenizer.id("<|endoftext|>")
+    example = ChatTemplate(None, tokenizer).encode(chat(*ONE))
+    assert marked(example, tokenizer) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«hello<|im_end|>»\n"
+    )
+
+
+def test_a_template_may_write_every_token_that_has_a_role_and_those_that_have_none() -> None:
+    tokenizer = tokenizer_of("llama 2")
+    tokenizer.config |= {"pad_token": "<|im_end|>", "unk_token": "<|im_start|>"}
+    source = "{% for r in [bos_token, eos_token, pad_token, unk_token] %}[{{ r }}]{% endfor %}"
+    assert ChatTemplate(source, tokenizer).render([]) == "[<s>][</s>][<|im_end|>][<|im_start|>]"
+    bare = tokenizer_of("chatml")
+    bare.config |= {"bos_token": None, "pad_token": None, "unk_token": None}
+    assert ChatTemplate(source, bare).render([]) == "[][<|im_end|>][][]"
+
+
+def test_a_base_without_an_end_token_gives_plain_text_none() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.config["eos_token"] = None
+    assert tokenizer.eos_id is None
+    example = ChatTemplate(None, tokenizer).encode(Conversation((), None, "words", "a.jsonl:7"))
+    assert example.ids.tolist() == tokenizer.encode_content("words")
+
+
+def test_an_answer_that_a_later_message_shortens_is_none_that_can_be_trained() -> None:
+    """With the next question added, the first answer loses its end: nothing of it is where it was."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer_of("chatml"))
+    with pytest.raises(TemplateError, match="before message 2"):
+        template.encode(chat("u:q", "a:long", "u:more", "a:end"))
+
+
+def test_an_answer_of_which_the_whole_chat_shows_only_the_beginning_is_none_that_can_be_trained() -> None:
+    source = (
+        "{% for m in messages[:2] %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+        "{% if messages | length == 2 %}<|im_end|>{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer_of("chatml"))
+    with pytest.raises(TemplateError, match="before message 2"):
+        template.encode(chat("u:q", "a:x", "u:more"))
+
+
+def test_the_next_speakers_marker_ends_an_answer_though_it_is_the_last_of_the_chat() -> None:
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer_of("glm"))
+    example = template.encode(chat("u:hi", "a:one", "u:"))
+    assert marked(example, template.tokenizer) == "<|user|>hi<|assistant|>«one<|user|>»"
+
+
+def test_a_refusal_in_the_middle_of_a_chat_names_the_row() -> None:
+    source = (
+        "{% if messages | length == 2 %}{{ raise_exception('no pairs') }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer_of("chatml"))
+    with pytest.raises(TemplateError, match=r"^rows.jsonl:3: .*no pairs"):
+        template.encode(chat("u:q", "a:x", "u:more", "a:end"))
+    with pytest.raises(TemplateError, match=r"^the chat template .*no pairs"):
+        template.render(chat("u:q", "a:x").messages)
+
+
 def test_a_refusal_names_the_row_and_the_line_of_the_template() -> None:
     with pytest.raises(
         TemplateError, match=r"rows.jsonl:3: .*\(line 7\): user and assistant must take turns"

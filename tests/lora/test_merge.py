@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +22,7 @@ from lorimer.errors import AdapterError, StorageError, UserError
 from lorimer.lora import merge as merging
 from lorimer.lora.adapter import attach_adapter, new_adapter, read_adapter
 from lorimer.lora.layers import Adapter
-from lorimer.lora.merge import merge
+from lorimer.lora.merge import MergedBase, ShardWriter, check_target, merge
 from lorimer.model.load import load_decoder
 from tiny import (
     FAMILIES,
@@ -258,3 +260,158 @@ def test_too_little_space_is_said_beforehand(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("lorimer.storage.free_bytes", lambda path: 1000)
     with pytest.raises(StorageError, match=f"{tiny.base.parameters * 2:,} bytes needed, 1,000 bytes free"):
         merge(tiny.base, tiny.decoder.spec, adapted(tiny, r=1), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "dtype"),
+    [
+        ({}, {"r": 3, "bias": "all"}, "bf16"),
+        ({}, {"r": 3, "modules_to_save": ["embed_tokens"]}, "fp16"),
+        (TIED, {"r": 2, "modules_to_save": ["lm_head"]}, "fp32"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_what_is_looked_at_before_writing_is_what_is_written(
+    changes: dict[str, Any], settings: dict[str, Any], dtype: str, kind: str, tmp_path: Path
+) -> None:
+    """Name by name: shape, type, bytes; and the settings around them."""
+    tiny = make_tiny(tmp_path / "base", **changes)
+    quant = QuantConfig(kind=kind)  # type: ignore[arg-type]
+    spec, adapter = tiny.decoder.spec, adapted(tiny, **settings)
+    seen = MergedBase(tiny.base, spec, adapter, dtype, quant)
+    merge(tiny.base, spec, adapter, tmp_path / "out", dtype=dtype, quant=quant)
+    written = open_base(tmp_path / "out")
+    assert seen.tensors.keys() == written.tensors.keys()
+    for name, entry in written.tensors.items():
+        mine = seen.tensors[name]
+        assert (mine.name, mine.dtype, mine.shape) == (name, entry.dtype, entry.shape)
+        assert (mine.nbytes, type(mine.nbytes)) == (entry.nbytes, int)
+        assert bytes(seen.raw(name)) == bytes(written.raw(name))
+    assert seen.config == written.config
+    assert seen.path == tiny.base.path
+    assert (seen.tokenizer_config, seen.generation_config) == (
+        tiny.base.tokenizer_config,
+        tiny.base.generation_config,
+    )
+    if kind == "nf4":
+        plain = MergedBase(tiny.base, spec, adapter, dtype, QuantConfig())
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert bytes(plain.raw(name)) != bytes(seen.raw(name))
+
+
+@pytest.mark.parametrize("trained", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_head_of_its_own_is_seen_before_it_is_written(trained: str, tmp_path: Path) -> None:
+    """Tied in the base, one side trained apart: the other keeps the base's numbers."""
+    tiny = make_tiny(tmp_path / "base", **TIED)
+    spec, adapter = tiny.decoder.spec, adapted(tiny, r=2)
+    value = torch.randn(tiny.hf.get_input_embeddings().weight.shape)
+    update = Given(dataclasses.replace(adapter.spec, tie=False), adapter.tensors | {trained: value})
+    seen = MergedBase(tiny.base, spec, update, "fp32", QuantConfig())
+    # The update is of another type than what is written: the head is cast as all are.
+    half = Given(update.spec, update.tensors | {trained: value.to(torch.float16)})
+    merge(tiny.base, spec, half, tmp_path / "half", dtype="fp32")
+    assert {t.dtype for t in load_file(tmp_path / "half/model.safetensors").values()} == {torch.float32}
+    merge(tiny.base, spec, update, tmp_path / "out", dtype="fp32")
+    written = open_base(tmp_path / "out")
+    assert seen.tensors.keys() == written.tensors.keys()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert bytes(seen.raw(name)) == bytes(written.raw(name))
+        assert seen.tensors[name].shape == written.tensors[name].shape
+    other = ({"lm_head.weight", "model.embed_tokens.weight"} - {trained}).pop()
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(tensors[trained], value)
+    assert torch.equal(tensors[other], tiny.hf.get_input_embeddings().weight.detach())
+
+
+@dataclasses.dataclass
+class Given:
+    spec: Any
+    tensors: Any
+
+
+def test_looking_lets_go_of_the_bases_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = make_tiny(tmp_path / "base")
+    released: list[int] = []
+    monkeypatch.setattr(type(tiny.base), "release", lambda self: released.append(1))
+    MergedBase(tiny.base, tiny.decoder.spec, adapted(tiny, r=1), "fp32", QuantConfig()).release()
+    assert released == [1]
+
+
+def test_the_files_of_a_merged_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No manifest, several end tokens, shards of exact size, an index with the sum, PyTorch's mark."""
+    tiny = make_tiny(tmp_path / "base")
+    base = tiny.base
+    base.config |= {"quantization_config": {"a": 1}, "license": "mine", "architectures": None}
+    monkeypatch.setattr(type(base), "eos_token_ids", lambda self: [2, 5])
+    adapter = adapted(tiny, r=1)
+    report = merge(base, tiny.decoder.spec, adapter, tmp_path / "whole", dtype="fp32")
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    generation = json.loads((tmp_path / "whole/generation_config.json").read_text(encoding="utf-8"))
+    assert generation == {"eos_token_id": [2, 5]}
+    written = json.loads((tmp_path / "whole/config.json").read_text(encoding="utf-8"))
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert (written["dtype"], written["torch_dtype"]) == ("float32", "float32")
+    assert not {"quantization_config", "license"} & set(written)
+    with safe_open(tmp_path / "whole/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    sizes = [value.nbytes for value in load_file(tmp_path / "whole/model.safetensors").values()]
+    assert sum(sizes) == report.bytes
+    monkeypatch.setattr(merging, "SHARD_BYTES", max(sizes))
+    merge(base, tiny.decoder.spec, adapter, tmp_path / "shards", dtype="fp32")
+    index = json.loads((tmp_path / "shards/model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert index["metadata"] == {"total_size": report.bytes}
+    for shard in set(index["weight_map"].values()):
+        assert sum(t.nbytes for t in load_file(tmp_path / "shards" / shard).values()) <= max(sizes)
+
+
+def test_shards_are_filled_to_the_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "SHARD_BYTES", 80)
+    writer = ShardWriter(tmp_path)
+    for name in "abcde":
+        writer.add(name, torch.ones(10))
+    writer.close()
+    members = [sorted(load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert members == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_the_share_of_unchanged_weights_is_exact(tmp_path: Path) -> None:
+    """One saved norm of 36 numbers, 9 of them moved; nothing adapted at all has no share."""
+    tiny = make_tiny(tmp_path / "base")
+    spec = adapted(tiny, r=1).spec
+    norm = tiny.hf.model.norm.weight.detach().clone()
+    norm[:9] += 1
+    report = merge(
+        tiny.base, tiny.decoder.spec, Given(spec, {"model.norm.weight": norm}), tmp_path / "a", dtype="fp32"
+    )
+    assert (report.adapted, report.unchanged) == (1, 27 / 36)
+    norm[:9] -= 1
+    one = Given(spec, {"model.norm.weight": tiny.hf.model.norm.weight.detach()})
+    assert merge(tiny.base, tiny.decoder.spec, one, tmp_path / "b", dtype="fp32").unchanged == 1
+    none = merge(tiny.base, tiny.decoder.spec, Given(spec, {}), tmp_path / "c", dtype="fp32")
+    assert (none.adapted, none.unchanged) == (0, 0)
+
+
+def test_half_an_update_is_none_and_other_tensors_are_left(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "base")
+    adapter = adapted(tiny, r=1)
+    name = "model.layers.0.mlp.up_proj"
+    for side in "AB":
+        half = Given(
+            adapter.spec, {f"{name}.lora_{side}.weight": adapter.tensors[f"{name}.lora_{side}.weight"]}
+        )
+        report = merge(tiny.base, tiny.decoder.spec, half, tmp_path / side, dtype="fp32")
+        assert report.adapted == 0
+    tiny.base.tensors["model.rotary.inv_freq"] = tiny.base.tensors["model.norm.weight"]
+    merge(tiny.base, tiny.decoder.spec, adapter, tmp_path / "out", dtype="fp32")
+    assert "model.rotary.inv_freq" not in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_target_may_be_an_empty_folder_and_no_file(tmp_path: Path) -> None:
+    check_target(tmp_path / "new", "bf16")
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty", "bf16")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="something there already") as caught:
+        check_target(tmp_path / "file", "bf16")
+    assert caught.value.path == str(tmp_path / "file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,16 +11,17 @@ import pytest
 import torch
 
 from lorimer.config import LoraConfig, TrainConfig
-from lorimer.data.pack import split_into_packs
+from lorimer.data.pack import make_pack, split_into_packs
 from lorimer.data.template import Example
-from lorimer.errors import LorimerError
+from lorimer.errors import DivergenceError, LorimerError
 from lorimer.kernels import products
 from lorimer.lora.adapter import new_adapter
 from lorimer.lora.layers import LoraDropout
 from lorimer.model.load import load_decoder
+from lorimer.model.loss import pack_loss, pack_losses
 from lorimer.train import step as step_module
 from lorimer.train.optimizer import AdamW
-from lorimer.train.step import StepResult, is_out_of_memory, train_step
+from lorimer.train.step import StepGivenUp, StepResult, is_out_of_memory, train_step
 from tiny import FP32, make_tiny
 
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
@@ -144,3 +146,154 @@ def test_rows_behind_a_shared_prompt_are_split_too(base: Any, monkeypatch: pytes
 )
 def test_what_running_out_of_memory_is(error: Exception, found: bool) -> None:
     assert is_out_of_memory(error) is found
+
+
+def parts(base: Any, rank: int = 4) -> tuple[Any, Any, AdamW]:
+    decoder = load_decoder(base, FP32)
+    adapter, _ = new_adapter(decoder, LoraConfig(r=rank), seed=0)
+    return decoder, adapter, AdamW(adapter, TrainConfig())
+
+
+def test_the_losses_of_a_step_are_means_over_tokens(base: Any) -> None:
+    """Of all tokens of the step, and of each row's, in the step's order; the packs do not matter."""
+    decoder, _, optimizer = parts(base)
+    rows = examples([20, 31, 12, 25])
+    rows[2] = Example(rows[2].ids, np.zeros(12, bool), "row 2")  # nothing of it is trained
+    alone = [pack_losses(decoder, make_pack([row], [0])) for row in rows]
+    wanted = [float(each.mean()) if len(each) else 0.0 for each in alone]
+    result = train_step(decoder, optimizer, split_into_packs(rows, 45), step=0, learning_rate=0.0)
+    assert result.row_losses == pytest.approx(wanted, rel=1e-5)
+    assert result.loss == pytest.approx(float(torch.cat(alone).mean()), rel=1e-5)
+    assert (result.tokens, result.trained_tokens) == (88, len(torch.cat(alone)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_gradient_is_that_of_the_mean_over_the_steps_tokens(base: Any, smoothing: float) -> None:
+    """However the rows lie in packs: one pack here, two there."""
+    decoder, adapter, optimizer = parts(base)
+    rows = examples([20, 31])
+    loss, _ = pack_loss(decoder, make_pack(rows, [0, 1]), weight=1.0, smoothing=smoothing)
+    trained = sum(int(row.trained[1:].sum()) for row in rows)
+    (loss / trained).backward()
+    assert adapter.flat.grad is not None
+    norm = float(adapter.flat.grad.norm())
+    optimizer.clear()
+    given = {"smoothing": smoothing} if smoothing else {}
+    result = train_step(decoder, optimizer, split_into_packs(rows, 31), step=0, learning_rate=0.0, **given)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert result.loss == pytest.approx(float(loss.detach()) / trained, rel=1e-5)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_gradient_that_is_not_finite_names_step_rows_and_the_last_parameter(
+    base: Any, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """The last that is not finite is the first that the backward pass came to."""
+    decoder, adapter, optimizer = parts(base)
+    before = adapter.flat.detach().clone()
+    names = list(adapter.tensors)
+    broken = {names[1], names[3]} if named else set()
+    monkeypatch.setattr(optimizer, "step", lambda rate: float("inf"))
+    monkeypatch.setattr(
+        step_module,
+        "_finite_gradient",
+        lambda tensor: not any(tensor is adapter.tensors[name] for name in broken),
+    )
+    packs = split_into_packs(examples([20, 31]), 31)
+    with pytest.raises(DivergenceError) as caught:
+        train_step(decoder, optimizer, packs, step=4, learning_rate=1.0)
+    where = f"; the first that is not finite comes from `{names[3]}`" if named else ""
+    assert caught.value.problem == f"the gradient's norm is inf at step 5, in rows [1]; rows [0]{where}"
+    assert torch.equal(adapter.flat, before)
+
+
+def test_a_gradient_is_finite_where_all_of_it_is_or_there_is_none() -> None:
+    tensor = torch.zeros(3, requires_grad=True)
+    assert step_module._finite_gradient(tensor)
+    for grad, finite in (([1.0, 2.0, 3.0], True), ([1.0, float("nan"), 3.0], False)):
+        tensor.grad = torch.tensor(grad)
+        assert step_module._finite_gradient(tensor) is finite
+
+
+def test_a_loss_that_is_not_finite_names_the_module_it_comes_from(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked for with the pack as it was: its ids, its lengths, its shared prefix."""
+    decoder, adapter, optimizer = parts(base)
+    prompt = np.arange(3, 23, dtype=np.int32)
+    rows = [
+        Example(np.concatenate([prompt, np.full(5, 50 + n, np.int32)]), np.arange(25) >= 22, f"row {n}")
+        for n in range(2)
+    ]
+    pack = make_pack(rows, [0, 1], share=True)
+    real, seen = type(decoder).first_not_finite, []
+
+    def looked(self: Any, ids_T: Any, lengths: Any, prefix: int = 0) -> Any:
+        seen.append((ids_T.tolist(), lengths, prefix))
+        return real(self, ids_T, lengths, prefix)
+
+    monkeypatch.setattr(type(decoder), "first_not_finite", looked)
+    with torch.no_grad():
+        adapter.tensors["model.layers.1.self_attn.o_proj.lora_B.weight"].fill_(float("nan"))
+    adapter.refresh()
+    with pytest.raises(DivergenceError) as caught:
+        train_step(decoder, optimizer, [pack], step=4, learning_rate=1.0)
+    assert caught.value.problem == (
+        "the loss is nan at step 5, in rows [0, 1]; the first that is not finite comes from "
+        "`model.layers.1.self_attn.o_proj`"
+    )
+    assert seen == [(pack.ids_T.tolist(), pack.lengths, 20)]
+
+
+def test_a_step_is_given_up_before_a_pack_and_changes_nothing(base: Any) -> None:
+    decoder, adapter, optimizer = parts(base)
+    before, asked = adapter.flat.detach().clone(), []
+
+    def given_up() -> bool:
+        asked.append(1)
+        return len(asked) == 2
+
+    packs = split_into_packs(examples([20, 31]), 31)
+    with pytest.raises(StepGivenUp):
+        train_step(decoder, optimizer, packs, step=0, learning_rate=1.0, given_up=given_up)
+    assert len(asked) == 2
+    assert torch.equal(adapter.flat, before)
+
+
+def test_a_pack_that_does_not_fit_is_halved(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _, optimizer = parts(base)
+    rows, asked = examples([20, 31, 12, 26]), []
+    real = step_module.pack_loss
+
+    def once(*given: Any, **named: Any) -> Any:
+        if not asked:
+            raise MemoryError
+        return real(*given, **named)
+
+    def split(most: int) -> Any:
+        asked.append(most)
+        return split_into_packs(rows, most)
+
+    monkeypatch.setattr(step_module, "pack_loss", once)
+    result = train_step(
+        decoder, optimizer, split_into_packs(rows, 100), step=0, learning_rate=0.0, split=split
+    )
+    assert asked == [44]
+    assert isinstance(asked[0], int)
+    assert result.split == 44
+
+
+def test_the_stages_of_a_step_have_their_names(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _, optimizer = parts(base)
+    names: list[str] = []
+
+    def stage(name: str) -> Any:
+        names.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr(step_module.trace, "stage", stage)
+    packs = split_into_packs(examples([20, 31]), 31)
+    train_step(decoder, optimizer, packs, step=0, learning_rate=0.0)
+    own = [name for name in names if name in ("forward", "backward", "optimizer")]
+    assert own == ["forward", "backward"] * 2 + ["optimizer"]
+    assert all(isinstance(name, str) for name in names)

@@ -46,7 +46,7 @@ class StepStream:
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps."""
         epoch, part = divmod(step, self.steps_per_epoch)
-        return epoch + min(1.0, part * self.batch_size / self.rows)
+        return epoch + part * self.batch_size / self.rows
 
     def ends_epoch(self, step: int) -> bool:
         """Whether step number `step` (from 0) is the last of an epoch, or of the run."""

@@ -1,0 +1,143 @@
+"""The loss of a pack is torch's cross entropy of the trained positions, however the pack is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lorimer.config import LoraConfig
+from lorimer.data.pack import Pack, make_pack
+from lorimer.lora.adapter import new_adapter
+from lorimer.lora.layers import LoraDropout
+from lorimer.model import loss as loss_module
+from lorimer.model.decoder import Decoder
+from lorimer.model.load import load_decoder
+from lorimer.model.loss import SIZE_STEP, pack_loss, pack_losses
+from tiny import FP32, example, make_tiny, our_logits, random_rows, shake
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_tiny(tmp_path_factory.mktemp("base") / "tiny").base
+
+
+@pytest.fixture
+def decoder(base: Any) -> Decoder:
+    return load_decoder(base, FP32)
+
+
+ROWS = random_rows([9, 14, 23])
+
+
+def a_pack(rows: list[list[int]] = ROWS, *, share: bool = False) -> Pack:
+    return make_pack([example(row) for row in rows], list(range(len(rows))), share=share)
+
+
+def wanted(decoder: Decoder, rows: list[list[int]], smoothing: float = 0.0) -> torch.Tensor:
+    """Each row alone: tokens from the third on, as `example` marks them."""
+    each = [
+        cross_entropy(
+            our_logits(decoder, [row])[0][1:-1],
+            torch.tensor(row[2:]),
+            reduction="none",
+            label_smoothing=smoothing,
+        )
+        for row in rows
+    ]
+    return torch.cat(each)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_it_is_torchs_cross_entropy_times_the_weight(decoder: Decoder, smoothing: float) -> None:
+    loss, each_M = pack_loss(decoder, a_pack(), weight=0.25, smoothing=smoothing)
+    expected_M = wanted(decoder, ROWS, smoothing)
+    torch.testing.assert_close(each_M, expected_M, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, 0.25 * expected_M.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_smoothed_if_nobody_asks(decoder: Decoder) -> None:
+    _, each_M = pack_loss(decoder, a_pack(), weight=1.0)
+    torch.testing.assert_close(each_M, wanted(decoder, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_behind_a_shared_prefix_have_the_losses_they_have_alone(decoder: Decoder) -> None:
+    """The prefix of ten tokens is not trained in any row."""
+    prompt = random_rows([10], seed=5)[0]
+    rows = [[*prompt, *row] for row in random_rows([4, 6, 9], seed=6)]
+    packed = make_pack(
+        [example(row, [i >= 10 for i in range(len(row))]) for row in rows], [0, 1, 2], share=True
+    )
+    assert packed.prefix == 10
+    each_M = pack_losses(decoder, packed)
+    alone = [
+        cross_entropy(our_logits(decoder, [row])[0][9:-1], torch.tensor(row[10:]), reduction="none")
+        for row in rows
+    ]
+    torch.testing.assert_close(each_M, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_the_losses_alone_need_no_graph(decoder: Decoder) -> None:
+    new_adapter(decoder, LoraConfig(r=2), seed=0)
+    pack = a_pack()
+    loss, each_M = pack_loss(decoder, pack, weight=1.0)
+    assert loss.requires_grad
+    found_M = pack_losses(decoder, pack)
+    assert not found_M.requires_grad
+    torch.testing.assert_close(found_M, each_M.detach())
+
+
+def test_dropout_reaches_the_layers(decoder: Decoder) -> None:
+    adapter, _ = new_adapter(decoder, LoraConfig(r=4, dropout=0.5), seed=0)
+    shake(adapter)
+    pack = a_pack()
+    masks = LoraDropout(0.5, 0, torch.float32, torch.device("cpu")).for_pack(0, pack.rows, pack.lengths)
+    without = pack_loss(decoder, pack, weight=1.0)[1]
+    dropped = pack_loss(decoder, pack, weight=1.0, dropouts=masks)[1]
+    assert (without - dropped).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "native", "computed", "lengths"),
+    [
+        (SIZE_STEP, False, SIZE_STEP, (SIZE_STEP,)),
+        (SIZE_STEP - 1, False, SIZE_STEP, (SIZE_STEP - 1, 1)),
+        (SIZE_STEP + 1, False, 2 * SIZE_STEP, (SIZE_STEP + 1, SIZE_STEP - 1)),
+        (SIZE_STEP + 1, True, SIZE_STEP + 1, (SIZE_STEP + 1,)),
+    ],
+)
+def test_a_pack_is_filled_to_a_round_size_where_the_matrix_library_wants_it(
+    decoder: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    native: bool,
+    computed: int,
+    lengths: tuple[int, ...],
+) -> None:
+    asked: list[Any] = []
+    seen: list[Any] = []
+
+    def usable(*tensors: Any) -> bool:
+        asked.extend(tensors)
+        return native
+
+    real = Decoder.hidden
+
+    def hidden(self: Decoder, ids_T: Any, given: Any, **named: Any) -> Any:
+        seen.append((ids_T, given))
+        return real(self, ids_T, given, **named)
+
+    rows = random_rows([tokens])
+    expected_M = wanted(decoder, rows)
+    monkeypatch.setattr(loss_module, "usable", usable)
+    monkeypatch.setattr(Decoder, "hidden", hidden)
+    each_M = pack_losses(decoder, a_pack(rows))
+    ((ids_T, given),) = seen
+    assert (len(ids_T), given) == (computed, lengths)
+    assert ids_T.dtype == torch.int64
+    assert ids_T[tokens:].tolist() == [0] * (computed - tokens)
+    # The types of the model's own tensors decide, not those of the ids.
+    assert asked == [decoder.final_norm.weight_H]
+    torch.testing.assert_close(each_M, expected_M, rtol=1e-5, atol=1e-5)
