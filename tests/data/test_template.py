@@ -568,7 +568,7 @@ def test_words_between_two_tokens_at_the_end_make_the_first_part_of_the_answer(
 def test_the_default_ends_turns_as_chatml_where_the_base_knows_it_though_a_text_ends_otherwise() -> None:
     tokenizer = tokenizer_of("glm")
     assert tokenizer.eos_id == tokenizer.id("<|endoftext|>")
-    example = ChatTemplate(None, tokenizer).encode(chat(*ONE))
+    (example,) = ChatTemplate(None, tokenizer).examples(chat(*ONE))
     assert marked(example, tokenizer) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«hello<|im_end|>»\n"
     )
@@ -588,11 +588,11 @@ def test_a_base_without_an_end_token_gives_plain_text_none() -> None:
     tokenizer = tokenizer_of("chatml")
     tokenizer.config["eos_token"] = None
     assert tokenizer.eos_id is None
-    example = ChatTemplate(None, tokenizer).encode(Conversation((), None, "words", "a.jsonl:7"))
+    (example,) = ChatTemplate(None, tokenizer).examples(Conversation((), None, "words", "a.jsonl:7"))
     assert example.ids.tolist() == tokenizer.encode_content("words")
 
 
-def test_an_answer_that_a_later_message_shortens_is_none_that_can_be_trained() -> None:
+def test_an_answer_that_a_later_message_shortens_has_an_example_of_its_own() -> None:
     """With the next question added, the first answer loses its end: nothing of it is where it was."""
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -600,19 +600,24 @@ def test_an_answer_that_a_later_message_shortens_is_none_that_can_be_trained() -
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     template = ChatTemplate(source, tokenizer_of("chatml"))
-    with pytest.raises(TemplateError, match="before message 2"):
-        template.encode(chat("u:q", "a:long", "u:more", "a:end"))
+    made = template.examples(chat("u:q", "a:long", "u:more", "a:end"))
+    head = "<|im_start|>user\nq\n<|im_start|>assistant\n"
+    assert [marked(example, template.tokenizer) for example in made] == [
+        f"{head}«long\n<|im_end|>»",
+        f"{head}lo\n<|im_start|>user\nmore\n<|im_start|>assistant\n«end\n<|im_end|>»",
+    ]
 
 
-def test_an_answer_of_which_the_whole_chat_shows_only_the_beginning_is_none_that_can_be_trained() -> None:
+def test_an_answer_of_which_the_whole_chat_shows_only_the_beginning_is_trained_where_it_is_whole() -> None:
     source = (
         "{% for m in messages[:2] %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
         "{% if messages | length == 2 %}<|im_end|>{% endif %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     template = ChatTemplate(source, tokenizer_of("chatml"))
-    with pytest.raises(TemplateError, match="before message 2"):
-        template.encode(chat("u:q", "a:x", "u:more"))
+    (example,) = template.examples(chat("u:q", "a:x", "u:more"))
+    wanted = "<|im_start|>user\nq<|im_start|>assistant\n«x<|im_end|>»"
+    assert marked(example, template.tokenizer) == wanted
 
 
 def test_the_next_speakers_marker_ends_an_answer_though_it_is_the_last_of_the_chat() -> None:
@@ -621,7 +626,7 @@ def test_the_next_speakers_marker_ends_an_answer_though_it_is_the_last_of_the_ch
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     template = ChatTemplate(source, tokenizer_of("glm"))
-    example = template.encode(chat("u:hi", "a:one", "u:"))
+    (example,) = template.examples(chat("u:hi", "a:one", "u:"))
     assert marked(example, template.tokenizer) == "<|user|>hi<|assistant|>«one<|user|>»"
 
 
@@ -633,7 +638,7 @@ def test_a_refusal_in_the_middle_of_a_chat_names_the_row() -> None:
     )
     template = ChatTemplate(source, tokenizer_of("chatml"))
     with pytest.raises(TemplateError, match=r"^rows.jsonl:3: .*no pairs"):
-        template.encode(chat("u:q", "a:x", "u:more", "a:end"))
+        template.examples(chat("u:q", "a:x", "u:more", "a:end"))
     with pytest.raises(TemplateError, match=r"^the chat template .*no pairs"):
         template.render(chat("u:q", "a:x").messages)
 

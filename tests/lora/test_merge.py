@@ -325,8 +325,13 @@ def test_a_head_of_its_own_is_seen_before_it_is_written(trained: str, tmp_path: 
 
 @dataclasses.dataclass
 class Given:
+    """What merging needs of an adapter."""
+
     spec: Any
     tensors: Any
+
+    def for_files(self, name: str) -> torch.Tensor:
+        return self.tensors[name].detach()
 
 
 def test_looking_lets_go_of_the_bases_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +397,7 @@ def test_the_share_of_unchanged_weights_is_exact(tmp_path: Path) -> None:
     assert (none.adapted, none.unchanged) == (0, 0)
 
 
-def test_half_an_update_is_none_and_other_tensors_are_left(tmp_path: Path) -> None:
+def test_half_an_update_is_refused_and_other_tensors_of_the_base_are_left(tmp_path: Path) -> None:
     tiny = make_tiny(tmp_path / "base")
     adapter = adapted(tiny, r=1)
     name = "model.layers.0.mlp.up_proj"
@@ -400,8 +405,9 @@ def test_half_an_update_is_none_and_other_tensors_are_left(tmp_path: Path) -> No
         half = Given(
             adapter.spec, {f"{name}.lora_{side}.weight": adapter.tensors[f"{name}.lora_{side}.weight"]}
         )
-        report = merge(tiny.base, tiny.decoder.spec, half, tmp_path / side, dtype="fp32")
-        assert report.adapted == 0
+        with pytest.raises(AdapterError, match="1 tensors of the adapter change no weight") as caught:
+            merge(tiny.base, tiny.decoder.spec, half, tmp_path / side, dtype="fp32")
+        assert caught.value.path == str(tiny.base.path)
     tiny.base.tensors["model.rotary.inv_freq"] = tiny.base.tensors["model.norm.weight"]
     merge(tiny.base, tiny.decoder.spec, adapter, tmp_path / "out", dtype="fp32")
     assert "model.rotary.inv_freq" not in load_file(tmp_path / "out/model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,14 @@ def test_it_is_torchs_cross_entropy_times_the_weight(decoder: Decoder, smoothing
 def test_nothing_is_smoothed_if_nobody_asks(decoder: Decoder) -> None:
     _, each_M = pack_loss(decoder, a_pack(), weight=1.0)
     torch.testing.assert_close(each_M, wanted(decoder, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_capped_where_the_model_caps_them(tmp_path: Path) -> None:
+    decoder = make_tiny(tmp_path / "tiny", "gemma2", final_logit_softcapping=0.5).decoder
+    each_M = pack_losses(decoder, a_pack())
+    torch.testing.assert_close(each_M, wanted(decoder, ROWS), rtol=1e-5, atol=1e-5)
+    uncapped = make_tiny(tmp_path / "other", "gemma2", final_logit_softcapping=None).decoder
+    assert (pack_losses(uncapped, a_pack()) - each_M).abs().max() > 0.1
 
 
 def test_rows_behind_a_shared_prefix_have_the_losses_they_have_alone(decoder: Decoder) -> None:

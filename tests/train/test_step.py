@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_names_step_rows_and_the_last_parameter(
     decoder, adapter, optimizer = parts(base)
     before = adapter.flat.detach().clone()
     names = list(adapter.tensors)
-    broken = {names[1], names[3]} if named else set()
+    broken = {names[1], names[3], names[5]} if named else set()
     monkeypatch.setattr(optimizer, "step", lambda rate: float("inf"))
     monkeypatch.setattr(
         step_module,
@@ -202,7 +202,7 @@ def test_a_gradient_that_is_not_finite_names_step_rows_and_the_last_parameter(
     packs = split_into_packs(examples([20, 31]), 31)
     with pytest.raises(DivergenceError) as caught:
         train_step(decoder, optimizer, packs, step=4, learning_rate=1.0)
-    where = f"; the first that is not finite comes from `{names[3]}`" if named else ""
+    where = f"; the first that is not finite comes from `{names[5]}`" if named else ""
     assert caught.value.problem == f"the gradient's norm is inf at step 5, in rows [1]; rows [0]{where}"
     assert torch.equal(adapter.flat, before)
 
@@ -297,3 +297,8 @@ def test_the_stages_of_a_step_have_their_names(base: Any, monkeypatch: pytest.Mo
     own = [name for name in names if name in ("forward", "backward", "optimizer")]
     assert own == ["forward", "backward"] * 2 + ["optimizer"]
     assert all(isinstance(name, str) for name in names)
+
+
+def test_dropout_drops(base: Any) -> None:
+    rows = examples([20, 31])
+    assert a_step(base, rows, dropout=0.5)[0].loss != pytest.approx(a_step(base, rows)[0].loss, rel=1e-3)

@@ -98,7 +98,7 @@ class ChatTemplate:
             number = self.tokenizer.id(answer[first:last])
             found += [] if number is None else [number]
             end = first
-        return found if turn.closed else []
+        return found
 
     @cached_property
     def writes_date(self) -> bool:
