@@ -266,7 +266,7 @@ def pointwise_cases(dtype: str) -> Iterator[Case]:
 
 
 def _more_norms(hidden_TH: Tensor, grad_TH: Tensor, norm: Norm, dtype: str) -> Iterator[Case]:
-    """What families beyond Llama's need: LayerNorm, norms onto the residual, norms of query and key, GELU."""
+    """What families beyond Llama's need: LayerNorm, sums onto the residual, norms of heads, GELU."""
     kernels: Any = elementwise if usable(hidden_TH) else reference
     (tokens, _), kind, each = hidden_TH.shape, hidden_TH.dtype, hidden_TH.element_size()
     size, moved = f"{tokens} tokens of {HIDDEN}", float(hidden_TH.nbytes)

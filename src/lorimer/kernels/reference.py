@@ -28,8 +28,8 @@ def rms_norm(
     """Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * (weight + offset).
 
     Over the last dimension, and added to `onto_TH` before it is rounded, if that is given. Returns the
-    normed states in the type of `hidden_TH` and the float32 factor `rstd_T1`, which the backward needs. With
-    x = [3, 4], eps 0 and weight 1: rstd = 1 / sqrt(12.5), result [0.8485, 1.1314].
+    normed states in the type of `hidden_TH` and the float32 factor `rstd_T1`, which the backward needs.
+    With x = [3, 4], eps 0 and weight 1: rstd = 1 / sqrt(12.5), result [0.8485, 1.1314].
     """
     # A float32 copy, because in-place steps follow and the caller keeps its states.
     wide_TH = hidden_TH.to(torch.float32, copy=True)
