@@ -45,6 +45,10 @@ def page(results: list[tuple[Module, list[tuple[Mutant, bool]]]], least: float) 
     lists: list[str] = []
     total = total_killed = 0
     for module, tried in results:
+        if not tried:
+            rows.append(f"| {module.group} | `{module.file}` | not measured | | | | |")
+            faults.append(f"{module.file}: not measured")
+            continue
         killed = sum(dead for _, dead in tried)
         total, total_killed = total + len(tried), total_killed + killed
         share = killed / len(tried)

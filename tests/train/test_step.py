@@ -158,7 +158,9 @@ def test_the_losses_of_a_step_are_means_over_tokens(base: Any) -> None:
     """Of all tokens of the step, and of each row's, in the step's order; the packs do not matter."""
     decoder, _, optimizer = parts(base)
     rows = examples([20, 31, 12, 25])
-    rows[2] = Example(rows[2].ids, np.zeros(12, bool), "row 2")  # nothing of it is trained
+    # Nothing is trained of the row that comes last in its pack, one token of the one that comes first.
+    rows[1] = Example(rows[1].ids, np.zeros(31, bool), "row 1")
+    rows[2] = Example(rows[2].ids, np.arange(12) == 7, "row 2")
     alone = [pack_losses(decoder, make_pack([row], [0])) for row in rows]
     wanted = [float(each.mean()) if len(each) else 0.0 for each in alone]
     result = train_step(decoder, optimizer, split_into_packs(rows, 45), step=0, learning_rate=0.0)
