@@ -7,7 +7,7 @@
 mutmut makes the mutants (made.py says which). Each is put into a copy of the tree, and its module's tests
 (scope.py) run in a fork of a process that has loaded the big libraries already. What was found goes to
 docs/mutants.md, and is kept in .mutants/ by the content of mutant and tests: a run that was stopped goes
-on, and a mutant that was killed once is met with the test that killed it first. `--anew` forgets the outcomes.
+on, and a mutant that was killed once meets the test that killed it first. `--anew` forgets the outcomes.
 Ends with 1 if a module's share of killed mutants is below 85 %, or a survivor has no reason in
 reasons.toml.
 """

@@ -30,9 +30,9 @@ MODULES = (
     Module("mask", "data/conversation.py", ("data/test_conversation.py",), TURNS),
     Module("mask", "data/batch.py", ("data/test_batch.py",)),
     Module("pack", "data/pack.py", ("data/test_pack.py",)),
-    Module("merge", "lora/merge.py", ("lora/test_merge.py",)),
     Module("checkpoint", "train/checkpoint.py", ("train/test_checkpoint.py",)),
     Module("checkpoint", "train/resume.py", ("train/test_resume.py",)),
     Module("checkpoint", "train/step.py", ("train/test_step.py",)),
     Module("checkpoint", "storage.py", ("test_storage.py",)),
+    Module("merge", "lora/merge.py", ("lora/test_merge.py",)),
 )
