@@ -15,9 +15,11 @@ report.html     all of it on one page
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,11 +32,13 @@ try:
 except ImportError:  # not on Windows: two processes on one run are not noticed there
     fcntl = None  # type: ignore[assignment]
 
-from lorimer.errors import ConfigError, UserError
+from lorimer.errors import ConfigError, StorageError, UserError
 from lorimer.storage import STAGED, clear_staged, make_folder, storage_errors, write_file, write_json
 
 LOCK = ".lock"
 STEP = re.compile(r"step-(\d+)")
+# What systems say that have no links, or give none to everybody.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +164,14 @@ def create_run(parent: Path, name: str | None, data: str) -> RunFolder:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
             number += 1
-    (folder / "eval").mkdir()
-    (folder / "checkpoints").mkdir()
-    _point_last(parent, folder.name)
+    try:
+        with storage_errors(folder):
+            (folder / "eval").mkdir()
+            (folder / "checkpoints").mkdir()
+        _point_last(parent, folder.name)
+    except StorageError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return RunFolder(folder)
 
 
@@ -174,8 +183,12 @@ def _point_last(parent: Path, name: str) -> None:
     try:
         staged.symlink_to(name)
         os.replace(staged, parent / "last")
-    except OSError:
-        write_file(parent / "last", name + "\n")
+    except OSError as error:
+        if error.errno in NO_LINKS:
+            write_file(parent / "last", name + "\n")
+            return
+        with storage_errors(parent / "last"):
+            raise
 
 
 def find_run(name: str, parent: Path) -> RunFolder:
