@@ -32,7 +32,7 @@ from lorimer.kernels.codes import BLOCKS
 from lorimer.kernels.dispatch import HeadNorms, Heads, Norm
 from lorimer.kernels.native import attention as native_attention
 from lorimer.kernels.native import elementwise
-from lorimer.kernels.native.library import usable
+from lorimer.kernels.native.library import REFERENCE, usable, using
 from lorimer.lora.layers import Adapter, LoraSpec
 from lorimer.quant.gguf_encode import encode
 from lorimer.quant.linear import QuantLinear
@@ -46,6 +46,7 @@ ADAPTER = 4_884_480  # parameters at r 16 on all linear layers
 PRODUCTS = {"qkv": (576, 960), "output": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}
 TOKENS, POSITIONS = (64, 512, 2048), (128, 512, 2048)
 ROWS = {"16 rows of 60": (16, 60), "1 row of 2048": (1, 2048)}
+INPUTS, OUTPUTS = 4096, 4096  # of a weight to be quantised: more than the caches hold
 QUANTISED = ("nf4", "int8", "Q8_0", "Q4_K", "Q6_K")
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -116,6 +117,29 @@ def quantised_cases(dtype: str) -> Iterator[Case]:
                 torchs=[lambda g=grad_TO, w=dense_OI: g @ w],
                 flops=flops,
             )
+
+
+def quantiser_cases(dtype: str) -> Iterator[Case]:
+    """A weight into its storage; torch does the same in its own words. Bytes: numbers in, codes out."""
+    weight_OI = torch.randn(OUTPUTS, INPUTS).mul_(INPUTS**-0.5).to(TYPES[dtype])
+    for name in ("nf4", "fp4", "int8"):
+        quant = QuantConfig(kind=name)
+
+        def ours(quant: QuantConfig = quant) -> Tensor:
+            return quantise(lambda: iter([weight_OI]), (OUTPUTS, INPUTS), quant).data
+
+        def theirs(ours: Callable[[], Tensor] = ours) -> Tensor:
+            with using(REFERENCE):
+                return ours()
+
+        # int8 reads twice: columns first.
+        read = weight_OI.nbytes * (2 if name == "int8" else 1)
+        yield Case(
+            *("quantiser", f"{name} {INPUTS}x{OUTPUTS}", dtype),
+            ours=ours,
+            torchs=[theirs],
+            bytes=read + ours().nbytes,
+        )
 
 
 def head_cases(dtype: str) -> Iterator[Case]:
@@ -388,6 +412,7 @@ def adamw_cases(dtype: str) -> Iterator[Case]:
 GROUPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "matmul": matmul_cases,
     "quantised": quantised_cases,
+    "quantiser": quantiser_cases,
     "head": head_cases,
     "attention": attention_cases,
     "pointwise": pointwise_cases,

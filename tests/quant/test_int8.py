@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from lorimer.kernels.native import library
 from lorimer.quant import int8
+
+
+@pytest.fixture(params=[library.REFERENCE, *library.available()[-1:]], autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with library.using(request.param):
+        yield
 
 
 def weight(rows: int = 40, columns: int = 256) -> torch.Tensor:
@@ -48,6 +58,15 @@ def test_a_row_of_zeros_and_a_strip() -> None:
     whole = int8.numbers(part, 0, 40)
     assert torch.equal(whole[3], torch.zeros(256))
     assert torch.equal(int8.numbers(part, 2, 5), whole[2:5])
+
+
+def test_a_row_whose_scale_has_no_inverse_is_zeros() -> None:
+    given = weight()
+    given[3] *= 1e-38
+    part = int8.quantise(given)
+    rows = int8.numbers(part, 0, 40)
+    assert torch.equal(rows[3], torch.zeros(256))
+    assert float((rows - given).abs().max()) < 0.01
 
 
 def test_a_weight_in_stretches_gives_the_same_bytes() -> None:

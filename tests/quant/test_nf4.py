@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from lorimer.kernels.native import library
 from lorimer.quant import nf4
 from lorimer.quant.part import Part
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     functional = pytest.importorskip("bitsandbytes.functional")
+
+
+@pytest.fixture(params=[library.REFERENCE, *library.available()[-1:]], autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with library.using(request.param):
+        yield
+
 
 SHAPES = [
     (1, 1),
@@ -110,11 +119,18 @@ def test_zeros_stay_zeros() -> None:
         assert torch.equal(nf4.numbers(part, 0, 4), torch.zeros(4, 100))
 
 
+def test_scales_that_hardly_differ_are_their_mean() -> None:
+    """Less their mean they are too small to have an inverse."""
+    given = torch.linspace(-1, 1, 512).view(4, 128) * 1e-39
+    part = nf4.quantise(given, "nf4", 64, double=True)
+    assert float(nf4.numbers(part, 0, 4).abs().max()) < 2e-39
+
+
 def test_every_place_of_the_8_bit_type_has_its_code() -> None:
     places = (torch.arange(1 << 16) / 32767.5 - 1).view(-1, 128)
     given = torch.cat([torch.ones(512, 1), places, torch.zeros(512, 127)], 1).flatten()
     expected, state = functional.quantize_blockwise(given, blocksize=256)
-    codes, scales = nf4._quantise_scales(given)
+    codes, scales = nf4._scales_in_8_bits(given, 0.0)
     assert torch.equal(codes, expected)
     assert torch.equal(scales, state.absmax)
 

@@ -383,10 +383,36 @@ def _quantised_rows(
     return Work(f"{count} x {columns}", 0, out.element_size() * count * columns)
 
 
+def _quantise_blocks(
+    numbers: Tensor, kind: int, count: int, block_size: int, borders: Tensor, order: Tensor, *out: Any
+) -> Work:
+    return Work(f"{count}", 0, _bytes(numbers) + sum(_bytes(tensor) for tensor in out[:2]))
+
+
+def _quantise_scales(
+    scales: Tensor, count: int, offset: float, nearest: Tensor, codes: Tensor, largest: Tensor, *_: int
+) -> Work:
+    return Work(f"{count}", 0, sum(_bytes(tensor) for tensor in (scales, codes, largest)))
+
+
+def _column_maxima(numbers: Tensor, *_: Any) -> Work:
+    return Work(_shape(numbers), 0, _bytes(numbers))
+
+
+def _quantise_int8(
+    numbers: Tensor, kind: int, rows: int, columns: int, wild: Tensor, count: int, *out: Any
+) -> Work:
+    return Work(_shape(numbers), 0, _bytes(numbers) + sum(_bytes(tensor) for tensor in out[:3]))
+
+
 WORK: dict[str, Callable[..., Work]] = {
     "quantised_matmul": _quantised_matmul,
     "quantised_head_loss": _quantised_head_loss,
     "quantised_rows": _quantised_rows,
+    "quantise_blocks": _quantise_blocks,
+    "quantise_scales": _quantise_scales,
+    "column_maxima": _column_maxima,
+    "quantise_int8": _quantise_int8,
     "matmul": _matmul,
     "head_loss": _head_loss,
     "attention_forward": _attention_forward,

@@ -28,9 +28,9 @@ from lorimer.model.rope import Ropes
 from lorimer.model.spec import Group, ModelSpec
 from lorimer.model.tensors import check_tensors
 from lorimer.quant import bnb
-from lorimer.quant.gguf_blocks import BLOCKS, dequantise
+from lorimer.quant.gguf_blocks import BLOCKS, dequantise, stored
 from lorimer.quant.linear import DenseLinear, FrozenLinear, QuantLinear
-from lorimer.quant.part import Part, whole
+from lorimer.quant.part import NotFinite, Part, whole
 from lorimer.quant.storage import is_finite, keep, numbers, quantise
 
 NOT_QUANTISED = QuantConfig()
@@ -132,26 +132,24 @@ class Reader(ABC):
         """A whole tensor, float32."""
 
     @abstractmethod
-    def rows(self, name: str, shape: tuple[int, int], *, finite: bool = False) -> Iterator[Tensor]:
-        """A weight's rows, float32, in stretches where they can be read so: a vocabulary's table is larger
-        than several layers. With `finite`, raises BaseError for NaN and infinity."""
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+        """A weight's rows in the type that they lie in, in stretches where they can be read so: a
+        vocabulary's table is larger than several layers."""
 
     def release(self) -> None:  # noqa: B027
         """Give back what reading took; most have nothing to."""
 
     def part(self, name: str, shape: tuple[int, int], order: Tensor | None = None) -> Part:
-        """The weight in quantised storage, its rows in this order of the file's."""
-        rows = partial(self._ordered, name, shape, order, finite=True)
+        """The weight in quantised storage, its rows in this order of the file's. Raises NotFinite."""
+        rows = partial(self._ordered, name, shape, order)
         return quantise(rows, shape, self.quant).to(self.place.device)
 
-    def _ordered(
-        self, name: str, shape: tuple[int, int], order: Tensor | None, *, finite: bool = False
-    ) -> Iterator[Tensor]:
+    def _ordered(self, name: str, shape: tuple[int, int], order: Tensor | None) -> Iterator[Tensor]:
         """The rows in this order; one that is not the file's needs the whole weight at once."""
         if order is None:
-            yield from self.rows(name, shape, finite=finite)
+            yield from self.rows(name, shape)
             return
-        parts = list(self.rows(name, shape, finite=finite))
+        parts = list(self.rows(name, shape))
         if parts:
             yield torch.cat(parts).index_select(0, order)
 
@@ -259,14 +257,8 @@ class FileReader(Reader):
         self.check(name, shape)
         return read_weight(self.base, self.spec, name)
 
-    def rows(self, name: str, shape: tuple[int, int], *, finite: bool = False) -> Iterator[Tensor]:
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
         self.check(name, shape)
-        for stretch in self._stretches(name):
-            if finite and not torch.isfinite(stretch).all():
-                raise self._not_finite(name)
-            yield stretch
-
-    def _stretches(self, name: str) -> Iterator[Tensor]:
         entry = self.base.tensors[name]
         given = self.base, self.spec, name
         if bnb.stored_kind(self.base, name) or lies_across(*given) or file_order(*given) is not None:
@@ -277,12 +269,15 @@ class FileReader(Reader):
         step = max(1, STRETCH // width)
         for first in range(0, count, step):
             here = raw[first : first + step]
-            yield dequantise(here.reshape(-1), entry.dtype, (len(here), width))
+            yield stored(here.reshape(-1), entry.dtype, (len(here), width))
 
     def part(self, name: str, shape: tuple[int, int], order: Tensor | None = None) -> Part:
         """As the base has it, or made so."""
         if self.quant.kind != "keep":
-            return Reader.part(self, name, shape, order)
+            try:
+                return Reader.part(self, name, shape, order)
+            except NotFinite as error:
+                raise self._not_finite(name) from error
         self.check(name, shape)
         kind = kept_kind(self.base, name)
         assert kind is not None
@@ -319,7 +314,7 @@ class _Shapes(Reader):
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    def rows(self, name: str, shape: tuple[int, int], *, finite: bool = False) -> Iterator[Tensor]:
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
         return iter(())
 
 

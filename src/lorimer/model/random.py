@@ -19,7 +19,7 @@ class _Random(Reader):
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.02
 
-    def rows(self, name: str, shape: tuple[int, int], *, finite: bool = False) -> Iterator[Tensor]:
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
         step = max(1, STRETCH // shape[1])
         for first in range(0, shape[0], step):
             yield torch.randn((min(step, shape[0] - first), shape[1])) * 0.02

@@ -135,7 +135,12 @@ CHUNK = 16_384
 
 
 def dequantise(raw: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """The numbers stored in `raw` as a float32 tensor of this shape.
+    """The numbers stored in `raw` as a float32 tensor of this shape. Errors as `stored`."""
+    return stored(raw, dtype, shape).float()
+
+
+def stored(raw: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The numbers in `raw` in this shape: plain ones of up to 32 bits as they lie there, others as float32.
 
     Raises BaseError for a type that is not known or bytes that do not fill the shape.
     """
@@ -145,7 +150,8 @@ def dequantise(raw: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
             raise BaseError(
                 f"{raw.nbytes:,} bytes of {dtype} do not fill {list(shape)} ({wanted:,} wanted)"
             )
-        return torch.from_numpy(raw).view(PLAIN[dtype]).view(shape).float()
+        numbers = torch.from_numpy(raw).view(PLAIN[dtype]).view(shape)
+        return numbers.float() if dtype == "F64" else numbers
     if dtype not in BLOCKS:
         raise BaseError(f"weights of the type {dtype} cannot be read", fix=f"Known: {', '.join(BLOCKS)}.")
     size, elements, _ = BLOCKS[dtype]

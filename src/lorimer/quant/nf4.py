@@ -4,6 +4,8 @@ A block's scale is its largest magnitude; each number over the scale becomes the
 (QLoRA, arXiv 2305.14314, section 3; the values of NF4 are quantiles of a normal distribution). With
 double quantisation the scales, less their mean, are stored in 8 bits in blocks of 256. Ties, rounding
 and a last block that is short are handled as bitsandbytes does on the CPU, bit for bit.
+
+What is written here in PyTorch says what the native kernels do, and runs where they do not.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lorimer.kernels.codes import CODES
-from lorimer.quant.part import NESTED_BLOCK, Part, Rows, whole
+from lorimer.kernels.native import quantiser
+from lorimer.quant.part import NESTED_BLOCK, Part, Rows, check_finite, inverse_of, whole
 
 SMALLEST = 1e-38  # a block of zeros is divided by this instead
-CHUNK = 1 << 20  # numbers quantised at once, a multiple of every block size
+CHUNK = 1 << 20  # numbers that PyTorch quantises at once, a multiple of every block size
 
 
 def table(kind: str) -> Tensor:
@@ -51,7 +54,7 @@ def _borders(kind: str) -> tuple[Tensor, Tensor]:
 
 
 def quantise(weight: Tensor, kind: str, block_size: int, *, double: bool) -> Part:
-    """A weight [O, I] as NF4 or FP4. Its numbers must be finite."""
+    """A weight [O, I] as NF4 or FP4. Raises NotFinite for NaN and infinity."""
     shape = (weight.shape[0], weight.shape[1])
     return quantise_rows(whole(weight), shape, kind, block_size, double=double)
 
@@ -63,31 +66,50 @@ def quantise_rows(rows: Rows, shape: tuple[int, int], kind: str, block_size: int
     absmax = torch.empty(-(-count // block_size))
     start = 0
     for numbers in _whole_blocks(rows, block_size):
-        packed, scales = _quantise_chunk(numbers, kind, block_size)
-        codes[start // 2 : start // 2 + len(packed)] = packed
-        absmax[start // block_size : start // block_size + len(scales)] = scales
-        start += numbers.numel()
+        stop = start + numbers.numel()
+        packed = codes[start // 2 : (stop + 1) // 2]
+        scales = absmax[start // block_size : -(-stop // block_size)]
+        _quantise_blocks(numbers, kind, block_size, packed, scales)
+        start = stop
+    check_finite(absmax)
     if not double:
         return Part(kind, shape, codes, block_size, absmax)
-    offset = absmax.mean()
-    nested, scale = _quantise_scales(absmax - offset)
-    return Part(kind, shape, codes, block_size, nested, dynamic_table(), scale, float(offset))
+    mean = absmax.mean()
+    check_finite(mean)
+    offset = float(mean)
+    nested, scale = _scales_in_8_bits(absmax, offset)
+    return Part(kind, shape, codes, block_size, nested, dynamic_table(), scale, offset)
 
 
 def _whole_blocks(rows: Rows, block_size: int) -> Iterator[Tensor]:
-    """The flattened numbers, float32, in stretches of whole blocks but for the last."""
+    """The flattened numbers in stretches of whole blocks but for the last; only blocks that lie in two
+    stretches are copied."""
     rest = torch.empty(0)
     for stretch in rows():
         flat = stretch.reshape(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            numbers = flat[start : start + CHUNK].float()
-            numbers = torch.cat([rest, numbers]) if rest.numel() else numbers
-            full = numbers.numel() // block_size * block_size
-            rest = numbers[full:].clone()
-            if full:
-                yield numbers[:full]
+        if rest.numel():
+            missing = block_size - rest.numel()
+            rest, flat = torch.cat([rest, flat[:missing]]), flat[missing:]
+            if rest.numel() < block_size:
+                continue
+            yield rest
+        full = flat.numel() // block_size * block_size
+        rest = flat[full:].clone()
+        if full:
+            yield flat[:full]
     if rest.numel():
         yield rest
+
+
+def _quantise_blocks(numbers: Tensor, kind: str, block_size: int, codes: Tensor, absmax: Tensor) -> None:
+    """Blocks of any type into (numbers + 1) // 2 bytes and a scale each."""
+    if quantiser.takes(numbers):
+        quantiser.quantise_blocks(numbers, *_borders(kind), block_size, codes, absmax)
+        return
+    for start in range(0, numbers.numel(), CHUNK):
+        packed, scales = _quantise_chunk(numbers[start : start + CHUNK].float(), kind, block_size)
+        codes[start // 2 : start // 2 + len(packed)] = packed
+        absmax[start // block_size : start // block_size + len(scales)] = scales
 
 
 def _quantise_chunk(numbers: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
@@ -115,6 +137,13 @@ def _nearest_codes() -> Tensor:
     return torch.bucketize(places, (values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
+def _scales_in_8_bits(absmax: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """Scales less their mean: codes, and the float32 scale of each block."""
+    if quantiser.takes(absmax):
+        return quantiser.quantise_scales(absmax, offset, _nearest_codes(), NESTED_BLOCK)
+    return _quantise_scales(absmax - offset)
+
+
 def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes of the dynamic type and each block's float32 scale.
 
@@ -123,7 +152,7 @@ def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = torch.nn.functional.pad(scales, (0, -scales.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(-1)
-    inverse = torch.where(largest > 0, 1 / largest, 0.0).unsqueeze(1)
+    inverse = inverse_of(largest).unsqueeze(1)
     places = (blocks * inverse).add_(1).mul_(32767.5).add_(0.5).int()
     codes = torch.where(largest.unsqueeze(1) > 0, _nearest_codes()[places], 0)
     return codes.view(-1)[: scales.numel()].to(torch.uint8), largest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -12,13 +13,30 @@ FOUR_BIT = ("nf4", "fp4")
 NESTED_BLOCK = 256  # scales that share a scale of their own, where scales are quantised too
 
 
-# A weight's rows from the first on, a stretch [rows, I] at a time; called once for each pass over them.
+class NotFinite(ValueError):
+    """A number that should be quantised is NaN or infinite."""
+
+
+# A weight's rows from the first on, a stretch [rows, I] at a time, in the type that they lie in;
+# called once for each pass over them.
 Rows = Callable[[], Iterator[Tensor]]
 
 
 def whole(weight_OI: Tensor) -> Rows:
     """A weight in memory, as one stretch."""
     return lambda: iter([weight_OI])
+
+
+def check_finite(magnitudes: Tensor) -> None:
+    """Raises NotFinite if one of the largest magnitudes of a weight's stretches is NaN or infinite."""
+    if magnitudes.numel() and not math.isfinite(magnitudes.amax()):
+        raise NotFinite
+
+
+def inverse_of(scales: Tensor) -> Tensor:
+    """1 / scale, or 0 where that is no number: what has such a scale is stored as zeros."""
+    inverse = 1 / scales
+    return torch.where((scales > 0) & torch.isfinite(inverse), inverse, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ def numbers(part: Part, first: int, last: int) -> Tensor:
 
 
 def quantise(rows: Rows, shape: tuple[int, int], quant: QuantConfig) -> Part:
-    """A weight, given by stretches of rows, as `quant.kind` says: nf4, fp4 or int8. Its numbers must be
-    finite."""
+    """A weight, given by stretches of rows, as `quant.kind` says: nf4, fp4 or int8. Raises
+    NotFinite for NaN and infinity."""
     if quant.kind == "int8":
         return int8.quantise_rows(rows, shape)
     return nf4.quantise_rows(rows, shape, quant.kind, quant.block_size, double=quant.double)

@@ -40,6 +40,7 @@ VARIANTS = {
     "head.cpp": list(FLAGS),
     "quantised.cpp": ["portable", "avx2", "avx512"],
     "norms.cpp": ["portable", "avx2", "avx512", "avx512_bf16"],
+    "quantiser.cpp": ["portable", "avx2", "avx512"],
     "elementwise.cpp": ["portable", "avx2", "avx512", "avx512_bf16"],
 }
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
