@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lorimer
 from lorimer.kernels import trace
-from lorimer.kernels.native import attention, elementwise, library, quantised
+from lorimer.kernels.native import attention, elementwise, library, quantised, quantiser
 from lorimer.kernels.native.matmul import head_loss, matmul
 from lorimer.kernels.trace import WORK, Recorder, visible_pairs
 from lorimer.quant.part import Part
@@ -283,6 +283,27 @@ CASES: dict[str, tuple[Callable[[], Any], float, float]] = {
         4 * 4 * 2 * 2 + 6 + 12 * 2,
     ),
     "quantised_rows": (lambda: quantised.rows([NF4], torch.tensor([2, 0]), FP32), 0, 4 * 2 * 4),
+    # 5 numbers of 2 bytes are 3 bytes of codes and one scale.
+    "quantise_blocks": (
+        lambda: quantiser.quantise_blocks(
+            *(of(5, dtype=BF16), of(15), of(16, dtype=torch.uint8), 64, of(3, dtype=torch.uint8), of(1))
+        ),
+        0,
+        2 * 5 + 3 + 4,
+    ),
+    "quantise_scales": (
+        lambda: quantiser.quantise_scales(of(300), 0.0, of(1 << 16, dtype=torch.uint8), 256),
+        0,
+        4 * 300 + 300 + 4 * 2,
+    ),
+    "column_maxima": (lambda: quantiser.column_maxima(of(3, 5), of(5)), 0, 4 * 15),
+    "quantise_int8": (
+        lambda: quantiser.quantise_int8(
+            *(of(3, 5), torch.tensor([1, 2]), of(3, 2, dtype=BF16), of(3), of(3, 5, dtype=torch.int8))
+        ),
+        0,
+        4 * 15 + 2 * 3 * 2 + 4 * 3 + 15,
+    ),
     "column_sums": (lambda: elementwise.column_sums(of(3, 5, dtype=BF16)), 0, 2 * 15 + 4 * 5),
 }  # fmt: skip
 
