@@ -69,6 +69,7 @@ DIFFERS: dict[str, dict[str, Any]] = {
     "gpt_neox": PLAIN,
     "opt": PLAIN,
     "falcon": {"multi_query": True},
+    "glm4": {},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": INNER // 2},
     "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": INNER // 4},
 }

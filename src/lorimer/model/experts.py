@@ -20,24 +20,22 @@ def mixture(
 ) -> Tensor:
     """The chosen experts' results for normed states, weighted and added up: [T, H]."""
     weights_TC, chosen_TC = route(experts, states_TH)
-    # By expert, and within one by token: the order in which tokens are added never changes.
+    # By expert, and within one by token: every choice of a token is one row, read once and put back once.
     order = chosen_TC.flatten().argsort(stable=True)
     token_of = order // experts.chosen
     counts = torch.bincount(chosen_TC.flatten(), minlength=len(experts.pairs)).tolist()
-    total_TH = torch.zeros_like(states_TH, dtype=torch.float32)
-    weights = weights_TC.flatten().index_select(0, order).unsqueeze(1)
-    start = 0
-    for (up, down), count in zip(experts.pairs, counts, strict=True):
-        if not count:
+    rows = states_TH.index_select(0, token_of).split(counts)
+    results = []
+    for (up, down), own_nH, tokens_n in zip(experts.pairs, rows, token_of.split(counts), strict=True):
+        if not len(tokens_n):
             continue
-        tokens_n = token_of[start : start + count]
         masks = _masks_of(dropouts, tokens_n, len(states_TH))
-        own_nH = states_TH.index_select(0, tokens_n)
         inner_nI = up(own_nH, before=None, residual_TO=None, adapted=adapted, dropouts=masks)
-        result_nH = down(inner_nI, before=gate, residual_TO=None, adapted=adapted, dropouts=masks)
-        total_TH = total_TH.index_add(0, tokens_n, result_nH * weights[start : start + count])
-        start += count
-    return total_TH.to(states_TH.dtype)
+        results.append(down(inner_nI, before=gate, residual_TO=None, adapted=adapted, dropouts=masks))
+    chosen_TCH: Tensor = (
+        torch.cat(results).index_select(0, order.argsort()).unflatten(0, (-1, experts.chosen))
+    )
+    return (chosen_TCH * weights_TC.unsqueeze(-1)).sum(1).to(states_TH.dtype)
 
 
 def route(experts: Experts, states_TH: Tensor) -> tuple[Tensor, Tensor]:
