@@ -297,11 +297,14 @@ def test_early_stopping_keeps_the_best_adapter(settings: dict[str, Any], tmp_pat
     assert read_adapter(run.adapter).ours["step"] == best["step"]
 
 
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(("family", "resumed"), [("llama", False), ("llama", True), ("gpt_neox", False)])
 def test_the_best_adapter_is_proved_and_kept_though_it_is_not_the_last(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, resumed: bool
 ) -> None:
-    """Validation losses that are best after 2 of 4 steps; the best one survives a stop after it."""
+    """Validation losses that are best after 2 of 4 steps; the best one survives a stop after it. GPT-NeoX
+    has its rows in another order in files than in memory."""
+    if family != "llama":
+        settings["base"] = str(write_chat_base(tmp_path / family, family))
     told = iter([3.0, 1.0, 2.0, 1.5])
 
     class Told(loop_module.Session):
@@ -319,10 +322,12 @@ def test_the_best_adapter_is_proved_and_kept_though_it_is_not_the_last(
         for name in ("valid", "test")
     }
     chosen = config(settings, train__eval_every=1, train__max_steps=4, **rows)
+    skip = ["embeddings"]  # the control tokens of random weights were never trained
     if resumed:
         with pytest.raises(Interrupted):
-            train(chosen, reporter=StopAfter(3))
-    result = train(chosen, resume=tmp_path / "runs/run" if resumed else None)
+            train(chosen, reporter=StopAfter(3), skip_preflight=skip)
+    resume = tmp_path / "runs/run" if resumed else None
+    result = train(chosen, resume=resume, skip_preflight=skip)
     assert result.valid_loss == 1.0
     assert read_adapter(result.adapter).ours["step"] == 2
     assert json.loads((result.path / "run.json").read_text())["best_step"] == 2

@@ -729,9 +729,8 @@ class Session:
             )
         files = read_adapter(self.run.adapter)
         self._trained = {name: tensor.detach().clone() for name, tensor in self.adapter.tensors.items()}
-        with torch.no_grad():
-            for name, tensor in self.adapter.tensors.items():
-                tensor.copy_(files.tensors[name])
+        for name, tensor in files.tensors.items():
+            self.adapter.take(name, tensor)
         self.adapter.refresh()
         self._say(f"the adapter of step {self.progress.best_step} had the best validation loss and is kept")
 
