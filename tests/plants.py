@@ -78,7 +78,7 @@ PLANTS = (
     ),
     Plant(
         (12, 14, 15), "a pack's loss is divided by its own tokens", "train/step.py",
-        "decoder, pack, weight=1.0 / trained, smoothing", "decoder, pack, weight=1.0 / pack.trained_tokens, smoothing",
+        "decoder, pack, weight=scale / trained, smoothing", "decoder, pack, weight=scale / pack.trained_tokens, smoothing",
     ),
     Plant(
         (13,), "the loss is divided by all tokens of a step", "train/step.py",

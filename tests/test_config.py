@@ -280,7 +280,7 @@ def test_all_problems_are_told_at_once_in_order_of_lines(here: Path) -> None:
         ("lr_scheduler_type: linear", "`train.lr_scheduler`"),
         ("warmup_ratio: 0.1", "`train.warmup_ratio`"),
         ("bf16: true", "`train.dtype`"),
-        ("fp16: true", "Leave it out: fp16 is not offered"),
+        ("fp16: true", "`train.dtype`"),
         ("load_in_4bit: true", "`quant.kind`"),
         ("bnb_4bit_quant_type: nf4", "`quant.kind`"),
         ("train: {quant: nf4}", "`quant` is a block of its own"),

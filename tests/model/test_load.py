@@ -103,6 +103,7 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_choose_place() -> None:
     assert choose_place("cpu", "fp32") == FP32
     assert choose_place("cpu", "bf16").dtype == torch.bfloat16
+    assert choose_place("cpu", "fp16").dtype == torch.float16
     assert choose_place("cpu").dtype in (torch.bfloat16, torch.float32)
     with pytest.raises(UserError, match="`fp8` is not known"):
         choose_place("cpu", "fp8")

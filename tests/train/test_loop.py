@@ -160,11 +160,14 @@ class StopAfter(Silent):
 @pytest.mark.trap(60)
 @pytest.mark.trap(61)
 @pytest.mark.trap(65)
-@pytest.mark.parametrize("stop", [1, 4, 6])
+@pytest.mark.parametrize(("stop", "dtype"), [(1, "fp32"), (4, "fp32"), (6, "fp32"), (3, "fp16")])
 def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bytes(
-    settings: dict[str, Any], tmp_path: Path, stop: int
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, dtype: str
 ) -> None:
+    """In float16 the first steps find the scale of the loss, which goes on from there."""
+    monkeypatch.setattr(step_module, "FIRST_SCALE", 2.0**30)
     settings["lora"]["dropout"] = 0.1
+    settings["train"]["dtype"] = dtype
     settings["data"]["valid"] = str(write_rows(tmp_path / "valid.jsonl", 5, seed=7))
     whole = train(config(settings, output__name="whole")).path
     with pytest.raises(Interrupted, match="--resume") as stopped:
@@ -352,6 +355,16 @@ def test_the_valid_loss_is_that_of_the_model_that_is_kept(
     rows = model.token_losses(examples)
     mean = sum(float(row.sum()) for row in rows) / sum(len(row) for row in rows)
     assert run.valid_loss == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.trap(45)
+def test_float16_trains_as_float32_does_with_the_adapter_in_float32(settings: dict[str, Any]) -> None:
+    wide = losses(train(config(settings, train__max_steps=40)).path)
+    half = train(config(settings, train__max_steps=40, train__dtype="fp16", output__name="half"))
+    assert max(abs(a - b) for a, b in zip(wide, losses(half.path), strict=True)) < 5e-3
+    tensors = load_file(half.adapter / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 @pytest.mark.trap(11)

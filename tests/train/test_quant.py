@@ -64,6 +64,20 @@ def dequantised_copy(base: Path, folder: Path, quant: QuantConfig) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_quantised_weights_are_computed_with_in_16_bits(
+    kind: str, dtype: str, base: Path, tmp_path: Path
+) -> None:
+    """Each type of QLoRA's compute, beside fp32."""
+    wide, narrow = (
+        losses(train(settings(tmp_path, base, quant=kind, train__dtype=name, **given)).path)
+        for name, given in (("fp32", {}), (dtype, {"output__name": "narrow"}))
+    )
+    apart = max(abs(a - b) for a, b in zip(wide, narrow, strict=True))
+    assert 0 < apart < {"bf16": 4e-2, "fp16": 5e-3}[dtype]
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_losses_are_those_of_lora_on_the_dequantised_weights(kind: str, base: Path, tmp_path: Path) -> None:
     """50 steps in fp32: within 1e-5."""

@@ -17,11 +17,11 @@ from lorimer.errors import DivergenceError, LorimerError
 from lorimer.kernels import products
 from lorimer.lora.adapter import new_adapter
 from lorimer.lora.layers import LoraDropout
-from lorimer.model.load import load_decoder
+from lorimer.model.load import Place, load_decoder
 from lorimer.model.loss import pack_loss, pack_losses
 from lorimer.train import step as step_module
 from lorimer.train.optimizer import AdamW
-from lorimer.train.step import StepGivenUp, StepResult, is_out_of_memory, train_step
+from lorimer.train.step import StepGivenUp, StepResult, is_out_of_memory, loss_scale, train_step
 from tiny import FP32, make_tiny
 
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
@@ -195,7 +195,7 @@ def test_a_gradient_that_is_not_finite_names_step_rows_and_the_last_parameter(
     before = adapter.flat.detach().clone()
     names = list(adapter.tensors)
     broken = {names[1], names[3], names[5]} if named else set()
-    monkeypatch.setattr(optimizer, "step", lambda rate: float("inf"))
+    monkeypatch.setattr(optimizer, "step", lambda *given: float("inf"))
     monkeypatch.setattr(
         step_module,
         "_finite_gradient",
@@ -304,3 +304,46 @@ def test_the_stages_of_a_step_have_their_names(base: Any, monkeypatch: pytest.Mo
 def test_dropout_drops(base: Any) -> None:
     rows = examples([20, 31])
     assert a_step(base, rows, dropout=0.5)[0].loss != pytest.approx(a_step(base, rows)[0].loss, rel=1e-3)
+
+
+def half_step(base: Any, scale: float) -> tuple[StepResult, torch.Tensor]:
+    """A float16 step from a trained adapter: what came of it, and the adapter after it."""
+    decoder = load_decoder(base, Place(torch.device("cpu"), torch.float16))
+    adapter, _ = new_adapter(decoder, LoraConfig(r=4), seed=0)
+    with torch.no_grad():
+        adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(0)) / 9)
+    adapter.refresh()
+    optimizer = AdamW(adapter, TrainConfig())
+    packs = split_into_packs(examples([9, 24, 17]), 100)
+    result = train_step(decoder, optimizer, packs, step=0, learning_rate=1e-3, scale=scale)
+    return result, adapter.flat.detach().clone()
+
+
+def test_a_float16_step_whose_gradient_overflows_is_computed_again_with_half_the_scale(base: Any) -> None:
+    low, adapter = half_step(base, 64.0)
+    high, same = half_step(base, 2.0**40)
+    assert low.loss_scale == 64.0
+    assert 64.0 < high.loss_scale < 2.0**30
+    assert high.loss == low.loss
+    assert high.grad_norm == pytest.approx(low.grad_norm, rel=1e-2)
+    assert (same - adapter).abs().max() < 2e-3  # AdamW's first step is at most the rate
+
+
+def test_a_float16_gradient_is_that_of_float32(base: Any) -> None:
+    wide, _ = a_step(base, examples([9, 24, 17]))
+    assert half_step(base, 1024.0)[0].grad_norm == pytest.approx(wide.grad_norm, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "before", "wanted"),
+    [
+        (torch.float32, 0, None, 1.0),
+        (torch.bfloat16, 200, 1.0, 1.0),
+        (torch.float16, 0, None, 65536.0),
+        (torch.float16, 5, 1024.0, 1024.0),
+        (torch.float16, 400, 1024.0, 2048.0),
+        (torch.float16, 400, 65536.0, 65536.0),
+    ],
+)
+def test_the_scale_of_the_loss(dtype: torch.dtype, step: int, before: float | None, wanted: float) -> None:
+    assert loss_scale(dtype, step, before) == wanted

@@ -15,8 +15,7 @@ _ACCUMULATION = (
     "chosen by itself, or with `train.micro_batch_tokens`, and never changes the gradient"
 )
 _LENGTH = "data.max_tokens; `data.too_long` says what happens to a longer row"
-_DTYPE = "train.dtype; auto takes bf16 where the machine computes it natively, else fp32"
-_FP16 = "no: fp16 is not offered because it needs loss scaling; `train.dtype` is auto, bf16 or fp32"
+_DTYPE = "train.dtype; auto takes bf16 where the machine computes it natively"
 _QUANT = "quant.kind; write `quant: nf4`, int8 for 8 bits, or keep for a base that is quantised already"
 _TRAIN_ON = "data.train_on; it is assistant, last_assistant or all"
 _PACK = "data.pack; it is on from the start, and rows never see each other"
@@ -145,8 +144,8 @@ OTHER_NAMES: dict[str, str] = {
     "random_seed": "train.seed",
     "data_seed": "train.seed; one seed rules order, initial adapter and dropout",
     # precision and memory
-    **dict.fromkeys(("bf16", "torch_dtype", "precision", "pure_bf16", "bfloat16"), _DTYPE),
-    **dict.fromkeys(("fp16", "float16"), _FP16),
+    **dict.fromkeys(("bf16", "bfloat16", "pure_bf16", "fp16", "float16"), _DTYPE),
+    **dict.fromkeys(("torch_dtype", "precision"), _DTYPE),
     "tf32": "no: it is left as PyTorch has it",
     **dict.fromkeys(
         (

@@ -219,8 +219,10 @@ class TrainConfig(Block):
     eval_every: Every = Field(
         "epoch", description="Measure the validation loss every N steps, each epoch, or never."
     )
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Type of the frozen weights and activations; auto is bf16 where native."
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="Type of the frozen weights and activations; auto is bf16 where native, else fp16 on a "
+        "GPU and fp32 on a CPU. fp16 scales the loss, and is slow on CPUs.",
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1` or `mps`.")
     threads: int | None = Field(

@@ -14,8 +14,8 @@ from torch import Tensor
 from lorimer.config import QuantConfig
 from lorimer.errors import UserError
 from lorimer.export.source import Source
-from lorimer.lora.merge import TYPES, ShardWriter, check_target, merged_config, merged_tensors
-from lorimer.model.load import is_router
+from lorimer.lora.merge import ShardWriter, check_target, merged_config, merged_tensors
+from lorimer.model.load import TYPES, is_router
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.bnb import config_of, state_tensors
 from lorimer.quant.nf4 import quantise

@@ -88,7 +88,8 @@ class Adapter:
     def refresh(self) -> None:
         """Bring the copies that matrix products use up to date with the parameters."""
         with torch.no_grad():
-            if usable(self.flat.data):
+            one = next((target for _, target, _ in self._copies()), None)
+            if usable(self.flat.data, one):
                 self._native_copies().refresh()
             else:
                 for source, target, scale in self._copies():

@@ -24,12 +24,11 @@ from lorimer.bases.open import BaseFiles
 from lorimer.config import QuantConfig
 from lorimer.errors import AdapterError, UserError
 from lorimer.lora.layers import LoraSpec
-from lorimer.model.load import NOT_QUANTISED, stored_shape, trained_weight
+from lorimer.model.load import NOT_QUANTISED, TYPES, stored_shape, trained_weight
 from lorimer.model.order import adapted_module, is_transposed
 from lorimer.model.spec import ModelSpec
 from lorimer.storage import check_space, write_folder, write_tensors
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FREQUENCIES = "rope_freqs.weight"
 SHARD_BYTES = 4_000_000_000

@@ -34,6 +34,7 @@ from lorimer.quant.part import NotFinite, Part, whole
 from lorimer.quant.storage import is_finite, keep, numbers, quantise
 
 NOT_QUANTISED = QuantConfig()
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STRETCH = 1 << 21  # numbers of a weight that are float32 at once while it is read
 
 
@@ -45,7 +46,8 @@ class Place(NamedTuple):
 
 
 def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
-    """The device and type asked for; `auto` is the first GPU if any, and bf16 where it is native."""
+    """The device and type asked for; `auto` is the first GPU if any, and bf16 where it is native, else fp16
+    on a GPU and fp32 on a CPU."""
     name = device
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,12 +60,13 @@ def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
             fix="Use `cpu`, or see what `lorimer doctor` finds.",
         ) from error
     if dtype == "auto":
-        native = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else native_bf16()
-        dtype = "bf16" if native else "fp32"
-    types = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if dtype not in types:
-        raise UserError(f"the type `{dtype}` is not known (wanted: auto, bf16 or fp32)")
-    return Place(chosen, types[dtype])
+        if chosen.type == "cuda":
+            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            dtype = "bf16" if native_bf16() else "fp32"
+    if dtype not in TYPES:
+        raise UserError(f"the type `{dtype}` is not known (wanted: auto, bf16, fp16 or fp32)")
+    return Place(chosen, TYPES[dtype])
 
 
 def read_weight(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor:

@@ -41,6 +41,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
+    loss_scale: float | None = None  # of the last step, in float16
     data_hash: str = ""
     base_fingerprint: str = ""
 

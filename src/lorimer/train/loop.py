@@ -40,7 +40,7 @@ from lorimer.evaluate.report import write_report
 from lorimer.evaluate.run import Comparison, Scores, changed_answers, compare_scores, evaluate_rows
 from lorimer.generate.model import Model
 from lorimer.kernels import trace
-from lorimer.kernels.native.library import usable
+from lorimer.kernels.native.library import computes
 from lorimer.lora.adapter import (
     attach_adapter,
     fill_adapter,
@@ -76,7 +76,7 @@ from lorimer.train.preflight import Subject, Tick, timed
 from lorimer.train.profile import VIEWERS, Profile, table_text
 from lorimer.train.resume import resumed_run
 from lorimer.train.schedule import learning_rate, warmup_steps
-from lorimer.train.step import StepGivenUp, StepResult, train_step
+from lorimer.train.step import StepGivenUp, StepResult, loss_scale, train_step
 from lorimer.train.stop import Stop, interruptible
 from lorimer.train.trackers import Trackers, open_trackers
 
@@ -474,7 +474,7 @@ class Session:
             steps,
             to_go=self.stream.total_steps - done,
             device=self.place.device,
-            native=usable(self.model.decoder.final_norm.weight_H),
+            native=computes(*self.place),
         )
 
     def profile_begins(self) -> None:
@@ -519,6 +519,7 @@ class Session:
             step=step,
             learning_rate=rate,
             smoothing=self.config.train.label_smoothing,
+            scale=loss_scale(self.place.dtype, step, self.progress.loss_scale),
             dropout=self.dropout,
             places=_places(examples),
             split=split,
@@ -533,6 +534,7 @@ class Session:
         seconds = time.perf_counter() - began
         progress = self.progress
         progress.step = step + 1
+        progress.loss_scale = self.last.loss_scale
         progress.tokens += self.last.tokens
         progress.trained_tokens += self.last.trained_tokens
         progress.train_seconds += seconds

@@ -41,27 +41,30 @@ class Optimizer(ABC):
         self.config = config
         self.steps = 0
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, and clear the gradients; returns the gradient's norm before clipping.
+    def step(self, learning_rate: float, scale: float = 1.0) -> float:
+        """Clip, update, and clear the gradients, which were computed `scale` times too large; returns the
+        gradient's norm before clipping.
 
         A norm that is not finite changes nothing: the caller stops the run.
         """
         grad = self._grad
         kernels: Any = elementwise if usable(grad) else reference
+        if scale != 1.0:
+            grad.mul_(1.0 / scale)
         norm = math.sqrt(kernels.squared_norm(grad))
         if not math.isfinite(norm):
             return norm
         most = self.config.max_grad_norm
         self.steps += 1
-        scale = most / (norm + 1e-6) if most and norm > most else 1.0
+        clip = most / (norm + 1e-6) if most and norm > most else 1.0
         with torch.no_grad():
             if (ratio := self.config.loraplus_lr_ratio) == 1.0:
-                self._update(learning_rate, scale)
+                self._update(learning_rate, clip)
             else:
                 # What every optimizer here does to a number is proportional to the learning rate.
                 ups = self.adapter.flat.data[self.adapter.ups]
                 before = ups.clone()
-                self._update(learning_rate, scale)
+                self._update(learning_rate, clip)
                 torch.lerp(before, ups, ratio, out=ups)
         with trace.stage("refresh"):
             self.adapter.refresh()

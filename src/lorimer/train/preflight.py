@@ -32,9 +32,9 @@ from lorimer.model.loss import pack_loss, pack_losses
 # Rows that are computed with, and the most tokens of each: a check takes a second, not a minute.
 ROWS, TOKENS = 4, 96
 # How far two ways to compute the same may be apart: losses in nats, gradients relative, by type.
-LOSS_APART = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-MEAN_APART = {torch.float32: 1e-5, torch.bfloat16: 0.02}
-GRADIENT_APART = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+LOSS_APART = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+MEAN_APART = {torch.float32: 1e-5, torch.float16: 0.004, torch.bfloat16: 0.02}
+GRADIENT_APART = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 # An embedding this much smaller than those of other tokens in use was never trained.
 UNTRAINED = 0.02
 SHOWN = 5
@@ -93,15 +93,14 @@ class Subject:
 
     @contextmanager
     def gradient(self, packs: Sequence[Pack]) -> Iterator[Tensor]:
-        """Of the mean loss, to all of the adapter's numbers: where the optimizer will find it, until the
-        end of the block."""
+        """Of the summed loss, to all of the adapter's numbers: where the optimizer will find it, until the
+        end of the block. A mean's could be too small for float16."""
         grad = self.adapter.flat.grad
         assert grad is not None
         grad.zero_()
-        trained = sum(pack.trained_tokens for pack in packs)
         try:
             for pack in packs:
-                pack_loss(self.model.decoder, pack, weight=1.0 / trained)[0].backward()
+                pack_loss(self.model.decoder, pack, weight=1.0)[0].backward()
             yield grad
         finally:
             grad.zero_()

@@ -1,10 +1,16 @@
-"""One optimizer step: forward and backward over its packs, then one update."""
+"""One optimizer step: forward and backward over its packs, then one update.
+
+float16 holds no gradient below 6e-8: there the loss is multiplied by a power of two before the backward,
+and the gradient divided by it after (arXiv 1710.03740). A step whose gradient overflows is computed again
+with half of it, so none is left out.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,6 +21,12 @@ from lorimer.lora.layers import LoraDropout
 from lorimer.model.decoder import Decoder
 from lorimer.model.loss import pack_loss
 from lorimer.train.optimizer import Optimizer
+
+FIRST_SCALE = 65536.0  # of the loss in float16; it can only become smaller, and come back up to here
+RETRY_STEPS = 200  # steps after which a smaller scale is doubled again
+
+# Of a step, and of each of its rows.
+Losses = tuple[float, tuple[float, ...]]
 
 
 class StepGivenUp(Exception):
@@ -29,6 +41,16 @@ class StepResult:
     trained_tokens: int
     row_losses: tuple[float, ...]  # the mean of each row's tokens, in the step's order
     split: int | None = None  # most tokens at once after memory ran out, else None
+    loss_scale: float = 1.0  # that the step was computed with
+
+
+def loss_scale(dtype: torch.dtype, step: int, before: float | None) -> float:
+    """What the loss of this step is multiplied by: 1 but in float16. `before` is the last step's."""
+    if dtype != torch.float16:
+        return 1.0
+    if before is None:
+        return FIRST_SCALE
+    return min(FIRST_SCALE, 2 * before) if step % RETRY_STEPS == 0 else before
 
 
 def train_step(
@@ -39,6 +61,7 @@ def train_step(
     step: int,
     learning_rate: float,
     smoothing: float = 0.0,
+    scale: float = 1.0,
     dropout: LoraDropout | None = None,
     places: Callable[[Pack], str] = lambda pack: f"rows {list(pack.rows)}",
     split: Callable[[int], Sequence[Pack]] | None = None,
@@ -48,15 +71,52 @@ def train_step(
     the whole step, counted before the first backward.
 
     When memory runs out before the update, the gradients are cleared and the step is computed again in
-    the packs of at most half as many tokens that `split` gives: the same gradient but for rounding.
+    the packs of at most half as many tokens that `split` gives: the same gradient but for rounding. The
+    loss is multiplied by `scale`, and by half of it if the gradient overflows, down to 1.
     Raises DivergenceError, with nothing updated, if a loss or the gradient is not finite, StepGivenUp if
     `given_up` says so before a pack, and LorimerError if single rows do not fit.
     """
     most = None
     while True:
-        try:
-            total, row_losses = _gradients(decoder, packs, step, smoothing, dropout, places, given_up)
+        compute = partial(
+            _gradients,
+            decoder,
+            step=step,
+            smoothing=smoothing,
+            scale=scale,
+            dropout=dropout,
+            places=places,
+            given_up=given_up,
+        )
+        total, row_losses, packs, smaller = _in_memory(compute, optimizer, packs, step, split)
+        most = smaller or most
+        with trace.stage("optimizer"):
+            norm = optimizer.step(learning_rate, scale)
+        if math.isfinite(norm) or scale <= 1.0:
             break
+        optimizer.clear()
+        scale /= 2
+    if not math.isfinite(norm):
+        bad = [name for name, tensor in optimizer.adapter.tensors.items() if not _finite_gradient(tensor)]
+        rows = "; ".join(places(pack) for pack in packs)
+        raise _diverged(f"the gradient's norm is {norm}", step, rows, bad[-1] if bad else None)
+    trained = sum(pack.trained_tokens for pack in packs)
+    return StepResult(total, norm, sum(pack.tokens for pack in packs), trained, row_losses, most, scale)
+
+
+def _in_memory(
+    compute: Callable[[Sequence[Pack]], Losses],
+    optimizer: Optimizer,
+    packs: Sequence[Pack],
+    step: int,
+    split: Callable[[int], Sequence[Pack]] | None,
+) -> tuple[float, tuple[float, ...], Sequence[Pack], int | None]:
+    """The step's gradients in these packs, or in smaller ones if memory runs out: its losses, the packs
+    that it took, and the most tokens of one if they are smaller."""
+    most = None
+    while True:
+        try:
+            return (*compute(packs), packs, most)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -66,27 +126,21 @@ def train_step(
         if split is None or all(len(pack.rows) == 1 for pack in packs):
             raise _does_not_fit(step, max(pack.tokens for pack in packs))
         packs = split(most)
-        if decoder.device.type == "cuda":
+        if optimizer.adapter.flat.is_cuda:
             torch.cuda.empty_cache()
-    with trace.stage("optimizer"):
-        norm = optimizer.step(learning_rate)
-    if not math.isfinite(norm):
-        bad = [name for name, tensor in optimizer.adapter.tensors.items() if not _finite_gradient(tensor)]
-        rows = "; ".join(places(pack) for pack in packs)
-        raise _diverged(f"the gradient's norm is {norm}", step, rows, bad[-1] if bad else None)
-    trained = sum(pack.trained_tokens for pack in packs)
-    return StepResult(total, norm, sum(pack.tokens for pack in packs), trained, row_losses, most)
 
 
 def _gradients(
     decoder: Decoder,
     packs: Sequence[Pack],
+    *,
     step: int,
     smoothing: float,
+    scale: float,
     dropout: LoraDropout | None,
     places: Callable[[Pack], str],
     given_up: Callable[[], bool],
-) -> tuple[float, tuple[float, ...]]:
+) -> Losses:
     """Add up the gradients of all packs; returns the loss of the step, and of each of its rows."""
     trained = sum(pack.trained_tokens for pack in packs)
     total = 0.0
@@ -97,9 +151,9 @@ def _gradients(
         with trace.stage("forward"):
             masks = dropout.for_pack(step, pack.rows, pack.lengths) if dropout else None
             loss, each_M = pack_loss(
-                decoder, pack, weight=1.0 / trained, smoothing=smoothing, dropouts=masks
+                decoder, pack, weight=scale / trained, smoothing=smoothing, dropouts=masks
             )
-            value = float(loss.detach())
+            value = float(loss.detach()) / scale
         if not math.isfinite(value):
             ids_T = pack.ids_T.to(decoder.device)
             module = decoder.first_not_finite(ids_T, pack.lengths, pack.prefix)

@@ -128,12 +128,12 @@ def using(isa: str) -> Iterator[None]:
 
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the native kernels take these: on the CPU, bf16 or fp32, and kernels are there."""
-    if active() == REFERENCE:
-        return False
-    for tensor in tensors:
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype in TYPES):
-            return False
-    return True
+    return all(tensor is None or computes(tensor.device, tensor.dtype) for tensor in tensors)
+
+
+def computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the native kernels compute there and in this type."""
+    return device.type == "cpu" and dtype in TYPES and active() != REFERENCE
 
 
 @cache
