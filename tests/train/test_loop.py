@@ -379,19 +379,27 @@ def test_before_and_after_are_proved_on_held_out_rows(settings: dict[str, Any], 
     assert (result.path / "eval/after.json").is_file()
 
 
+@pytest.mark.trap(48)
 def test_an_adapter_can_be_trained_further(settings: dict[str, Any], tmp_path: Path) -> None:
+    """All that was trained before goes on, and nothing else: the same tensors, each moved."""
     first = train(config(settings))
-    second = train(config(settings, lora__adapter=str(first.adapter)))
+    files = {file: file.read_bytes() for file in Path(settings["base"]).iterdir()}
+    second = train(config(settings, lora__adapter=str(first.adapter), train__max_steps=2))
     assert losses(second.path)[0] < losses(first.path)[0]
+    before, after = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second))
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert {file: file.read_bytes() for file in Path(settings["base"]).iterdir()} == files
     assert read_adapter(second.adapter).ours["started_from"] == str(first.adapter)
 
 
 @pytest.mark.trap(45)
 @pytest.mark.trap(47)
 @pytest.mark.trap(48)
-def test_every_adapter_tensor_moves_and_the_base_does_not(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("rung", ["none", "mlp", "layers", "offload"])
+def test_every_adapter_tensor_moves_and_the_base_does_not(settings: dict[str, Any], rung: str) -> None:
     before = load(settings["base"], dtype="fp32")
-    run = train(config(settings, train__max_steps=2))
+    run = train(config(settings, train__max_steps=2, train__recompute=rung))
     model = load(run.path, dtype="fp32")
     assert model.adapter is not None
     ups = {name: tensor for name, tensor in model.adapter.tensors.items() if "lora_B" in name}
