@@ -300,8 +300,14 @@ PLANTS = (
     ),
     Plant(
         (48,), "an adapter that is trained further is frozen", "lora/adapter.py",
-        "        adapter.take(name, files.tensors[name])\n",
-        "        adapter.take(name, files.tensors[name])\n        tensor.requires_grad_(False)\n",
+        "        adapter.take(name, files.tensors[name])\n    adapter.refresh()\n",
+        "        adapter.take(name, files.tensors[name])\n    adapter.refresh()\n"
+        "    for group, _ in adapter._groups:\n        group.adapted.factors = ()\n",
+    ),
+    Plant(
+        (48, 54), "the base decays with the adapter", "train/step.py",
+        "        norm = optimizer.step(learning_rate)\n",
+        "        norm = optimizer.step(learning_rate)\n        decoder.final_norm.weight_H.mul_(1 - learning_rate)\n",
     ),
     Plant(
         (54,), "the update is added to the base in memory", "lora/merge.py",

@@ -25,7 +25,9 @@ from lorimer.errors import (
     Interrupted,
     StorageError,
 )
+from lorimer.generate.engine import generate_ids
 from lorimer.generate.model import load
+from lorimer.generate.sampling import Sampling
 from lorimer.lora.adapter import read_adapter
 from lorimer.train import loop as loop_module
 from lorimer.train import step as step_module
@@ -368,6 +370,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
     record = json.loads((tmp_path / "runs/run/run.json").read_text())
     assert record["status"] == "failed"
     assert (tmp_path / "runs/run/checkpoints/step-000002").is_dir()
+
+
+@pytest.mark.trap(1)
+def test_after_sixty_steps_on_eight_rows_every_answer_ends(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    train_file = write_rows(tmp_path / "eight.jsonl", 8)
+    asked = [json.loads(line)["messages"][0]["content"] for line in train_file.read_text().splitlines()]
+    ended = []
+    changes = {"data__train": str(train_file), "lora__r": 16, "train__batch_size": 8, "train__epochs": 60}
+    run = train(config(settings, **changes, train__learning_rate=2e-2))
+    for model in (load(settings["base"], dtype="fp32"), load(run.path, dtype="fp32")):
+        prompts = [model.prompt_ids([{"role": "user", "content": text}]) for text in asked]
+        answers = generate_ids(
+            model.decoder, prompts, max_new_tokens=48, sampling=Sampling(), eos_ids=model.eos_ids
+        )
+        ended.append([answer.ended for answer in answers])
+    assert ended[0] != ["eos"] * 8
+    assert ended[1] == ["eos"] * 8
+
+
+@pytest.mark.trap(32)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_fewer_rows_than_a_step_takes_are_trained_as_one(
+    settings: dict[str, Any], tmp_path: Path, rows: int
+) -> None:
+    few = str(write_rows(tmp_path / "few.jsonl", rows))
+    run = train(config(settings, data__train=few))
+    assert [line["step"] for line in metrics(run.path) if "loss" in line] == [1, 2]
 
 
 def test_before_and_after_are_proved_on_held_out_rows(settings: dict[str, Any], tmp_path: Path) -> None:

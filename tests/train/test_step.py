@@ -85,6 +85,30 @@ def test_a_smoothed_loss_is_that_of_pytorch_on_shifted_labels(base: Any, most_to
     assert result.loss == pytest.approx(float(exact), rel=2e-6)
 
 
+@pytest.mark.trap(12)
+@pytest.mark.trap(14)
+@pytest.mark.parametrize("at_once", [1, 2, 4, 8])
+def test_any_split_of_each_step_ends_in_the_same_weights(base: Any, at_once: int) -> None:
+    """Steps of 16 rows and a last one of 5, all rows at once or so many."""
+    rows = examples([7 + 5 * (n % 6) for n in range(21)])
+
+    def ends(size: int) -> torch.Tensor:
+        decoder = load_decoder(base, FP32)
+        adapter, _ = new_adapter(decoder, LoraConfig(r=4), seed=0)
+        optimizer = AdamW(adapter, TrainConfig())
+        for step, first in enumerate((0, 16)):
+            part = rows[first : first + 16]
+            packs = [
+                make_pack(part[i : i + size], range(i, min(i + size, len(part))))
+                for i in range(0, len(part), size)
+            ]
+            train_step(decoder, optimizer, packs, step=step, learning_rate=1e-3)
+        return optimizer.m.clone()
+
+    whole = ends(16)
+    assert (ends(at_once) - whole).norm() < 2e-5 * whole.norm()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("call", [1, 9, 16, 22])
 def test_the_same_step_is_computed_again_in_smaller_packs(
