@@ -253,7 +253,7 @@ ROW_CHECKS = (
         "broken-text",
         "warning",
         "with text that was read in a wrong encoding (as Ã© for é)",
-        "Read the source as UTF-8 and make the rows again.",
+        "`--fix` reads what can be read again as UTF-8; else make the rows again.",
         _broken_text,
     ),
     RowCheck(
