@@ -18,7 +18,10 @@ ONE = ("u:hi", "a:hello")
 TOOL = {"type": "function", "function": {"name": "light", "description": "on or off"}}
 ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n"
 OPENING = ASKED + "{% endif %}"
-STRICT = "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('a role') }}{% endif %}"
+STRICT = (
+    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
+    "{{ raise_exception('a role') }}{% endif %}"
+)
 PARTS = "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 
@@ -134,3 +137,29 @@ def test_a_joined_answer_ends_where_it_ends_and_begins_where_the_template_lets_i
     assert marked(example, template.tokenizer) == (
         "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n<think>\n«why\n</think>\n\ny<|im_end|>»\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "thought", "shown", "learnt"),
+    [
+        ("<think>XaX</think>\n\nXy", "", "m.content", "XaX\n</think>\n\nXy"),
+        ("<think>\n a \n</think>\n\n y", "", "m.content", " a \n</think>\n\n y"),
+        ("<think>a</think>b</think>c", "", "m.content", "a\n</think>\n\nb</think>c"),
+        ("<think>why</think>y", "", "m.content.split('</think>')[-1]", "why\n</think>\n\ny"),
+        ("y", "why", "m.content", "why\n</think>\n\ny"),
+        ("<think>a</think>y", "why", "m.content", "why\n</think>\n\ny"),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_written_as_the_model_would(
+    content: str, thought: str, shown: str, learnt: str
+) -> None:
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        f"{{{{ {shown} + '<|im_end|>\\n' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer_of("chatml"))
+    answer = Message("assistant", content, extra={"reasoning_content": thought} if thought else {})
+    example = only(template, Conversation((Message("user", "x"), answer), None, None, "a:1"))
+    trained = marked(example, template.tokenizer).partition("«")[2].partition("»")[0]
+    assert trained == f"{learnt}<|im_end|>"
