@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from data.chat_families import template as template_of
 from data.trap_rows import CANNOT, CHATML, FOUND, SOUND, Fall
 from lorimer.config import DataConfig
 from lorimer.data.checks import ROW_CHECKS
+from lorimer.data.conversation import Conversation, Message
 from lorimer.data.doctor import check
+from lorimer.data.dropped import dropped
 from lorimer.data.template import ChatTemplate
 from lorimer.data.tokenizer import Tokenizer
 from small_base import CONFIG, small_tokenizer_json
@@ -40,6 +43,28 @@ def test_every_trap_of_data_has_its_checks_or_a_reason() -> None:
     # And the other way round: each check of a row is there for a trap, but for those of a text's taste.
     used = {fall.check for _, fall in FALLS}
     assert {one.code for one in ROW_CHECKS} - used == {"edge-space", "echo"}
+
+
+@pytest.mark.parametrize(
+    ("name", "thought"),
+    [("mistral v3", ""), ("mistral nemo", ""), ("deepseek r1", "why"), ("qwen3", "why")],
+)
+def test_what_a_template_shows_only_in_a_prompt_is_shown(name: str, thought: str) -> None:
+    """The system text of Mistral's, the thought of R1's: the examples have them, the whole chat has not."""
+    template = template_of(name)
+    answer = Message("assistant", "x", extra={"reasoning_content": thought} if thought else {})
+    talk = Conversation((Message("system", "Be terse."), Message("user", "q"), answer), None, None, "a:1")
+    assert dropped(template, talk, template.examples(talk)) == []
+
+
+@pytest.mark.trap(29)
+def test_parts_that_no_prompt_shows_are_named() -> None:
+    template = template_of("zephyr")
+    call = {"type": "function", "function": {"name": "light", "arguments": {}}}
+    tool = {"type": "function", "function": {"name": "light"}}
+    answer = Message("assistant", "", (call,), {"reasoning_content": "why"})
+    talk = Conversation((Message("user", "q"), answer, Message("assistant", "x")), (tool,), None, "a:1")
+    assert dropped(template, talk, template.examples(talk)) == ["tools", "tool calls", "thoughts"]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def _parts(template: ChatTemplate, talk: Conversation, examples: Sequence[Exampl
             yield "tool calls"
         words = "" if turn.role == "assistant" else turn.content.strip()
         # Where the words are not there as they stand, the template may still have made something of them.
-        lost = words and words not in text
+        lost = words and words not in text and not _holds(template, examples, words)
         if lost and _writes(template, _with(talk, number, replace(turn, content=OTHER)), text):
             yield f"{turn.role} messages"
         if THOUGHT in turn.extra and _thought_is_lost(template, talk, number, examples):
@@ -44,13 +44,18 @@ def _thought_is_lost(
 ) -> bool:
     """In the chat up to this answer: templates drop those of earlier answers on purpose."""
     turn = talk.messages[number]
-    thought, decode = turn.extra[THOUGHT].strip(), template.tokenizer.decode
-    if any(thought in decode(example.ids[example.trained].tolist()) for example in examples):
+    if _holds(template, examples, turn.extra[THOUGHT].strip()):
         return False
     upto = replace(talk, messages=talk.messages[: number + 1])
     bare = replace(turn, extra={key: value for key, value in turn.extra.items() if key != THOUGHT})
     text = template.render(upto.messages, upto.tools)
     return _writes(template, _with(upto, number, bare), text)
+
+
+def _holds(template: ChatTemplate, examples: Sequence[Example], words: str) -> bool:
+    """Whether an example has them: its text may be another than the whole chat's (a prompt that is shown
+    only while the last message is a question)."""
+    return any(words in template.tokenizer.decode(example.ids.tolist()) for example in examples)
 
 
 def _with(talk: Conversation, number: int, message: Message) -> Conversation:
