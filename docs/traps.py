@@ -18,8 +18,11 @@ What goes wrong in fine-tuning without anybody noticing, and the tests that show
 `make plants` puts the bugs of the last column back into a copy of the source, one at a time, and each turns
 its tests red.
 
-| # | what goes wrong | proved by | planted |
-|---|---|---|---|
+`lorimer data check` names rows that fall into a trap of data (1 to 34), by the checks in its column, or the
+column says why no row can. Rows for each are in `tests/data/trap_rows.py`.
+
+| # | what goes wrong | proved by | `lorimer data check` | planted |
+|---|---|---|---|---|
 """
 
 TRAPS = {
@@ -99,6 +102,7 @@ WITHOUT = {
 def traps_page() -> str:
     """The page. Raises ValueError for a trap that has neither proof nor reason."""
     sys.path.insert(0, str(TESTS))
+    from data.trap_rows import CANNOT, FOUND
     from plants import PLANTS
 
     found = proofs()
@@ -108,7 +112,9 @@ def traps_page() -> str:
             raise ValueError(f"trap {number} has no test")
         proof = ", ".join(f"`{name}`" for name in found.get(number, [])) or WITHOUT[number]
         planted = "; ".join(plant.what for plant in PLANTS if number in plant.traps)
-        lines.append(f"| {number} | {text} | {proof} | {planted} |\n")
+        codes = dict.fromkeys(fall.check for fall in FOUND.get(number, ()))
+        checks = ", ".join(f"`{code}`" for code in codes) or CANNOT.get(number, "")
+        lines.append(f"| {number} | {text} | {proof} | {checks} | {planted} |\n")
     return HEAD + "".join(lines)
 
 

@@ -253,6 +253,106 @@ PLANTS = (
         (65,), "the optimizer begins anew", "train/optimizer.py",
         "            tensor.copy_(state[name])\n", "            tensor.zero_()\n",
     ),
+    Plant(
+        (16,), "smoothed labels are not shifted", "data/pack.py",
+        "        labels.append(examples[i].ids[trained])\n",
+        "        labels.append(examples[i].ids[before])\n",
+    ),
+    Plant(
+        (16,), "smoothing is spread by each pack's own tokens", "train/step.py",
+        "weight=scale / trained, smoothing=smoothing", "weight=scale / trained, smoothing=smoothing * pack.trained_tokens / trained",
+    ),
+    Plant(
+        (27,), "a system prompt is put between quotes of the template", "data/template.py",
+        '{"role": message.role, "content": hide(message.content)}',
+        """{"role": message.role, "content": hide(message.content if message.role != "system" else CompiledTemplate('{{ "' + message.content + '" }}').render({}))}""",
+    ),
+    Plant(
+        (28,), "what stands for a hidden marker stays in the text", "data/tokenizer.py",
+        "        return self.show(text)\n", "        return text\n",
+    ),
+    Plant(
+        (33,), "a cell of a table has the csv module's own limit", "data/row_files.py",
+        "csv.field_size_limit(2**31 - 1)", "csv.field_size_limit()",
+    ),
+    Plant(
+        (34,), "the tokenizer's own limit cuts a text", "data/tokenizer.py",
+        "        self._plain.no_truncation()\n", "",
+    ),
+    Plant(
+        (34,), "a row is cut at model_max_length", "data/tokenizer.py",
+        "        return ids, trained\n\n    def _encode_piece",
+        '        limit = int(self.config.get("model_max_length") or 1 << 60)\n'
+        "        return ids[:limit], trained[:limit]\n\n    def _encode_piece",
+    ),
+    Plant(
+        (36,), "modules are saved by their names, whichever layers they are in", "lora/adapter.py",
+        "    if product != chosen:\n", "    if False:\n",
+    ),
+    Plant(
+        (47,), "a layer is computed again only for inputs that have gradients", "model/recompute.py",
+        'use_reentrant=False, preserve_rng_state=False, determinism_check="none"', "use_reentrant=True, preserve_rng_state=False",
+    ),
+    Plant(
+        (47,), "the factors of a projection that is computed again get no gradient", "model/recompute.py",
+        "    output: Tensor = checkpoint(\n        run, number, hidden_TH,",
+        "    output: Tensor = checkpoint(\n        run, number, hidden_TH.detach(),",
+    ),
+    Plant(
+        (48,), "an adapter that is trained further is frozen", "lora/adapter.py",
+        "        adapter.take(name, files.tensors[name])\n    adapter.refresh()\n",
+        "        adapter.take(name, files.tensors[name])\n    adapter.refresh()\n"
+        "    for group, _ in adapter._groups:\n        group.adapted.factors = ()\n",
+    ),
+    Plant(
+        (48, 54), "the base decays with the adapter", "train/step.py",
+        "        norm = optimizer.step(learning_rate)\n",
+        "        norm = optimizer.step(learning_rate)\n        decoder.final_norm.weight_H.mul_(1 - learning_rate)\n",
+    ),
+    Plant(
+        (54,), "the update is added to the base in memory", "lora/merge.py",
+        "return value + adapter.spec.scale(module) * (up_OR @ adapter.for_files(down))",
+        "return value.add_(adapter.spec.scale(module) * (up_OR @ adapter.for_files(down)))",
+    ),
+    Plant(
+        (54,), "B is scaled where it lies while merging", "lora/layers.py",
+        "        tensor, order = self.tensors[name].detach(), self.orders.get(name)\n",
+        "        tensor, order = self.tensors[name].detach(), self.orders.get(name)\n"
+        '        tensor.mul_(self.spec.scale(name.removesuffix(".lora_B.weight")) if "lora_B" in name else 1)\n',
+    ),
+    Plant(
+        (55,), "dropout stays on in evaluation", "model/loss.py",
+        "        return pack_loss(decoder, pack, weight=1.0)[1]\n",
+        "        from lorimer.lora.layers import LoraDropout\n\n"
+        "        dropout = LoraDropout(0.5, 0, decoder.dtype, decoder.device)\n"
+        "        masks = dropout.for_pack(0, pack.rows, pack.lengths)\n"
+        "        return pack_loss(decoder, pack, weight=1.0, dropouts=masks)[1]\n",
+    ),
+    Plant(
+        (55,), "dropout is off in training", "train/step.py",
+        "masks = dropout.for_pack(step, pack.rows, pack.lengths) if dropout else None", "masks = None",
+    ),
+    Plant(
+        (57,), "the two numbers of a byte change places", "quant/nf4.py",
+        "torch.stack([packed >> 4, packed & 15], 1)", "torch.stack([packed & 15, packed >> 4], 1)",
+    ),
+    Plant(
+        (57,), "scales that were quantised come back without their mean", "quant/part.py",
+        " * self.absmax_scale[numbers] + self.absmax_offset", " * self.absmax_scale[numbers]",
+    ),
+    Plant(
+        (57,), "the blocks of a strip begin at its own first row", "quant/nf4.py",
+        "values.mul_(scales[start % size :][: stop - start])", "values.mul_(scales[: stop - start])",
+    ),
+    Plant(
+        (58,), "the rows of a batch share one position", "model/decoder.py",
+        "turns = self.rope.at(cache.lengths)", "turns = self.rope.at([max(cache.lengths)] * len(cache.lengths))",
+    ),
+    Plant(
+        (58,), "a row of a batch sees as far as the longest", "model/decoder.py",
+        "lengths_B = torch.tensor(cache.lengths, device=self.device)\n\n        def step",
+        "lengths_B = torch.full((len(cache.lengths),), max(cache.lengths), device=self.device)\n\n        def step",
+    ),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 
 import pytest
@@ -47,6 +48,15 @@ def test_every_row_comes_exactly_once_an_epoch(
             assert seen == dict.fromkeys(range(rows), epoch)
             assert made.epoch_at(step + 1) == epoch
     assert set(seen.values()) == {epochs}
+
+
+@pytest.mark.trap(24)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rows_of_like_length_do_not_come_together(seed: int) -> None:
+    """Of a file that is sorted by length, which row number n stands for here."""
+    means = [sum(rows) / len(rows) for rows in steps(stream(8000, 8, seed=seed))]
+    assert abs(statistics.correlation(means[:-1], means[1:])) < 0.1
+    assert statistics.pstdev(means) == pytest.approx(8000 / 12**0.5 / 8**0.5, rel=0.1)
 
 
 @pytest.mark.trap(66)

@@ -95,6 +95,22 @@ def test_each_format_is_mended_in_its_own_form(
     assert lines(tmp_path / "c/train.jsonl") == [mended]
 
 
+def test_what_was_read_in_a_wrong_encoding_is_read_again_where_it_can_be(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Windows-1252 or Latin-1; a text that is not all of it so stays out."""
+    right = [chat("café – “so”", "É 日本 🙂"), chat("à Á Í", "x")]
+    wrong = [
+        chat("caf\u00c3\u00a9 \u00e2\u20ac\u201c \u00e2\u20ac\u0153so\u00e2\u20ac\x9d", "É 日本 🙂"),
+        chat("\u00c3\u00a0 \u00c3\x81 \u00c3\x8d", "x"),
+    ]
+    lost = [chat("caf\u00c3\u00a9 日本", "x"), chat("what was \ufffd", "y")]
+    train = write(tmp_path / "train.jsonl", [*wrong, *lost])
+    assert app.run(["data", "check", str(train), "--base", str(base), "--fix", str(tmp_path / "c")]) == 0
+    assert lines(tmp_path / "c/train.jsonl") == right
+    assert "train: 4 rows, 2 in" in capsys.readouterr().out
+
+
 # --- split -----------------------------------------------------------------------------------------
 
 

@@ -148,6 +148,7 @@ ORACLE = [
 @pytest.mark.trap(5)
 @pytest.mark.trap(7)
 @pytest.mark.trap(8)
+@pytest.mark.trap(28)
 @pytest.mark.parametrize(("name", "turns", "wanted"), ORACLE)
 def test_the_trained_spans_are_those_written_by_hand(
     name: str, turns: tuple[str, ...], wanted: str
@@ -216,6 +217,35 @@ def test_the_trained_ids_decode_to_the_answer(name: str) -> None:
         example = only(template, chat("u:q", f"a:{answer}"))
         learnt = template.tokenizer.decode(example.ids[example.trained].tolist(), skip_special=False)
         assert learnt == wanted + SHAPES[name].eos
+
+
+@pytest.mark.trap(6)
+def test_the_trained_ids_of_thousands_of_pairs_decode_to_the_answer() -> None:
+    """Whatever stands on both sides of the seam: spaces, half words, other scripts, emoji."""
+    template, rng = template_of("chatml"), random.Random(6)
+    pieces = [
+        *PLAIN,
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "a",
+        "ab",
+        "1",
+        ".",
+        "汉",
+        "日本",
+        "é",
+        "e\u0301",
+        "🙂",
+        "👨‍👩‍👧",
+        "\u200b",
+    ]
+    for _ in range(5000):
+        question, answer = ("".join(rng.choices(pieces, k=rng.randrange(1, 4))) for _ in range(2))
+        example = only(template, chat(f"u:{question}", f"a:{answer}"))
+        learnt = template.tokenizer.decode(example.ids[example.trained].tolist(), skip_special=False)
+        assert learnt == f"{answer}<|im_end|>"
 
 
 @pytest.mark.trap(26)
@@ -482,6 +512,36 @@ def test_a_system_prompt_is_never_part_of_the_template(system: str) -> None:
         assert system in template.render(conversation.messages)
         ids = only(template, conversation).ids.tolist()
         assert system in template.tokenizer.decode(ids, skip_special=False)
+
+
+@pytest.mark.trap(27)
+@pytest.mark.parametrize("name", ["chatml", "llama 2", "zephyr", "default on chatml"])
+def test_any_system_prompt_is_in_the_text_as_it_was_written(name: str) -> None:
+    template, rng = template_of(name), random.Random(name)
+    pieces = [
+        "\\",
+        '"',
+        "'",
+        "{{",
+        "}}",
+        "{%",
+        "%}",
+        "{#",
+        "#}",
+        "\n",
+        "n",
+        "boxed",
+        "x08",
+        "{0}",
+        "%s",
+        "$&",
+    ]
+    for _ in range(200):
+        system = f"a{''.join(rng.choices(pieces, k=6))}b"
+        conversation = chat(f"s:{system}", *ONE)
+        assert system in template.render(conversation.messages)
+        shown = template.tokenizer.decode(only(template, conversation).ids.tolist(), skip_special=False)
+        assert system in shown
 
 
 @pytest.mark.trap(28)

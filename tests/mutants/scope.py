@@ -26,7 +26,7 @@ TURNS = frozenset(
 
 MODULES = (
     Module("loss", "model/loss.py", ("model/test_loss.py",)),
-    Module("mask", "data/template.py", ("data/test_template.py",)),
+    Module("mask", "data/template.py", ("data/test_template.py", "data/test_template_asked.py")),
     Module("mask", "data/conversation.py", ("data/test_conversation.py",), TURNS),
     Module("mask", "data/batch.py", ("data/test_batch.py",)),
     Module("pack", "data/pack.py", ("data/test_pack.py",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(kind: str, size: int, shape:
         assert torch.equal(numbers, functional.dequantize_4bit(data, state))
 
 
+@pytest.mark.trap(57)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,12 +101,27 @@ def test_weights_of_16_bits_are_widened_first(dtype: torch.dtype) -> None:
     assert torch.equal(part.absmax, state.absmax)
 
 
+@pytest.mark.trap(57)
 @pytest.mark.parametrize("shape", [(7, 33), (64, 64), (300, 255)])
 def test_a_strip_of_rows_is_that_of_the_whole(shape: tuple[int, int]) -> None:
     part: Part = nf4.quantise(weight(shape), "nf4", 64, double=True)
     whole = nf4.numbers(part, 0, shape[0])
     for first, last in [(0, 1), (1, 2), (2, 7), (shape[0] - 1, shape[0])]:
         assert torch.equal(nf4.numbers(part, first, last), whole[first:last])
+
+
+@pytest.mark.trap(57)
+def test_numbers_beyond_two_to_the_31_are_those_that_lie_there() -> None:
+    """The weight is zeros that no memory is taken for, but for its last row."""
+    width, rows = 32_768, 65_537
+    last = nf4.quantise(weight((1, width)), "nf4", 64, double=False)
+    assert last.absmax is not None
+    data = torch.from_numpy(np.zeros(rows * width // 2, np.uint8))
+    absmax = torch.from_numpy(np.zeros(rows * width // 64, np.float32))
+    data[-width // 2 :], absmax[-width // 64 :] = last.data, last.absmax
+    part = Part("nf4", (rows, width), data, 64, absmax)
+    assert torch.equal(nf4.numbers(part, rows - 1, rows), nf4.numbers(last, 0, 1))
+    assert not nf4.numbers(part, 65_535, 65_536).any()
 
 
 def test_every_value_comes_back_from_its_own_code() -> None:

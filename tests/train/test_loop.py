@@ -25,7 +25,9 @@ from lorimer.errors import (
     Interrupted,
     StorageError,
 )
+from lorimer.generate.engine import generate_ids
 from lorimer.generate.model import load
+from lorimer.generate.sampling import Sampling
 from lorimer.lora.adapter import read_adapter
 from lorimer.train import loop as loop_module
 from lorimer.train import step as step_module
@@ -388,6 +390,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
     assert (tmp_path / "runs/run/checkpoints/step-000002").is_dir()
 
 
+@pytest.mark.trap(1)
+def test_after_sixty_steps_on_eight_rows_every_answer_ends(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    train_file = write_rows(tmp_path / "eight.jsonl", 8)
+    asked = [json.loads(line)["messages"][0]["content"] for line in train_file.read_text().splitlines()]
+    ended = []
+    changes = {"data__train": str(train_file), "lora__r": 16, "train__batch_size": 8, "train__epochs": 60}
+    run = train(config(settings, **changes, train__learning_rate=2e-2))
+    for model in (load(settings["base"], dtype="fp32"), load(run.path, dtype="fp32")):
+        prompts = [model.prompt_ids([{"role": "user", "content": text}]) for text in asked]
+        answers = generate_ids(
+            model.decoder, prompts, max_new_tokens=48, sampling=Sampling(), eos_ids=model.eos_ids
+        )
+        ended.append([answer.ended for answer in answers])
+    assert ended[0] != ["eos"] * 8
+    assert ended[1] == ["eos"] * 8
+
+
+@pytest.mark.trap(32)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_fewer_rows_than_a_step_takes_are_trained_as_one(
+    settings: dict[str, Any], tmp_path: Path, rows: int
+) -> None:
+    few = str(write_rows(tmp_path / "few.jsonl", rows))
+    run = train(config(settings, data__train=few))
+    assert [line["step"] for line in metrics(run.path) if "loss" in line] == [1, 2]
+
+
 def test_before_and_after_are_proved_on_held_out_rows(settings: dict[str, Any], tmp_path: Path) -> None:
     test = str(write_rows(tmp_path / "test.jsonl", 4, seed=9))
     result = train(config(settings, data__test=test))
@@ -397,19 +428,27 @@ def test_before_and_after_are_proved_on_held_out_rows(settings: dict[str, Any], 
     assert (result.path / "eval/after.json").is_file()
 
 
+@pytest.mark.trap(48)
 def test_an_adapter_can_be_trained_further(settings: dict[str, Any], tmp_path: Path) -> None:
+    """All that was trained before goes on, and nothing else: the same tensors, each moved."""
     first = train(config(settings))
-    second = train(config(settings, lora__adapter=str(first.adapter)))
+    files = {file: file.read_bytes() for file in Path(settings["base"]).iterdir()}
+    second = train(config(settings, lora__adapter=str(first.adapter), train__max_steps=2))
     assert losses(second.path)[0] < losses(first.path)[0]
+    before, after = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second))
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert {file: file.read_bytes() for file in Path(settings["base"]).iterdir()} == files
     assert read_adapter(second.adapter).ours["started_from"] == str(first.adapter)
 
 
 @pytest.mark.trap(45)
 @pytest.mark.trap(47)
 @pytest.mark.trap(48)
-def test_every_adapter_tensor_moves_and_the_base_does_not(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("rung", ["none", "mlp", "layers", "offload"])
+def test_every_adapter_tensor_moves_and_the_base_does_not(settings: dict[str, Any], rung: str) -> None:
     before = load(settings["base"], dtype="fp32")
-    run = train(config(settings, train__max_steps=2))
+    run = train(config(settings, train__max_steps=2, train__recompute=rung))
     model = load(run.path, dtype="fp32")
     assert model.adapter is not None
     ups = {name: tensor for name, tensor in model.adapter.tensors.items() if "lora_B" in name}

@@ -85,6 +85,24 @@ def test_gradients_are_the_same(
     assert found.abs().max() > 0
 
 
+@pytest.mark.trap(47)
+@pytest.mark.parametrize("rung", ["none", *RUNGS])
+def test_every_tensor_of_the_adapter_gets_a_gradient(tiny: Tiny, rung: str) -> None:
+    """A, B and what is trained in full, in the first layer as in the last."""
+    decoder = load_decoder(tiny.base, Place(CPU, torch.float32))
+    saved = ["embed_tokens", "norm", "input_layernorm", "lm_head"]
+    adapter, _ = new_adapter(decoder, LoraConfig(r=4, modules_to_save=saved), seed=0)
+    shake(adapter)
+    decoder.recompute = rung
+    pack_loss(decoder, make_pack(examples(0), [0, 1, 2]), weight=0.01)[0].backward()
+    without = [
+        name for name, value in adapter.tensors.items() if value.grad is None or not value.grad.any()
+    ]
+    assert without == []
+    adapted = len([name for name in adapter.tensors if "lora_B" in name])
+    assert adapted == 7 * decoder.spec.layers
+
+
 def test_each_rung_keeps_less(tiny: Tiny) -> None:
     kept = {r: step(tiny, r, torch.float32, dropout=0.0, prefix=0)[2] for r in ("none", "mlp", "layers")}
     tokens = sum(len(example.ids) for example in examples(0))

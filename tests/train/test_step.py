@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lorimer.config import LoraConfig, TrainConfig
 from lorimer.data.pack import make_pack, split_into_packs
@@ -22,7 +23,7 @@ from lorimer.model.loss import pack_loss, pack_losses
 from lorimer.train import step as step_module
 from lorimer.train.optimizer import AdamW
 from lorimer.train.step import StepGivenUp, StepResult, is_out_of_memory, loss_scale, train_step
-from tiny import FP32, make_tiny
+from tiny import FP32, make_tiny, our_logits, shake
 
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
 FAILURES = [RuntimeError(CPU_SAYS), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")]
@@ -63,6 +64,49 @@ def a_step(
     )
     # After one step the first moment is the clipped gradient, times 1 - beta1.
     return result, optimizer.m.clone()
+
+
+@pytest.mark.trap(16)
+@pytest.mark.parametrize("most_tokens", [1000, 40, 1], ids=["one pack", "three packs", "a pack a row"])
+def test_a_smoothed_loss_is_that_of_pytorch_on_shifted_labels(base: Any, most_tokens: int) -> None:
+    """However the step is split: over its trained tokens, each predicted by the token before it."""
+    rows = examples([20, 31, 12, 25])
+    decoder = load_decoder(base, FP32)
+    adapter, _ = new_adapter(decoder, LoraConfig(r=4), seed=0)
+    shake(adapter)
+    optimizer = AdamW(adapter, TrainConfig())
+    logits, labels = [], []
+    for row, scores_TV in zip(rows, our_logits(decoder, [row.ids.tolist() for row in rows]), strict=True):
+        logits.append(scores_TV[:-1][torch.from_numpy(row.trained[1:])])
+        labels.append(torch.from_numpy(row.ids[row.trained]).long())
+    exact = F.cross_entropy(torch.cat(logits).double(), torch.cat(labels), label_smoothing=0.2)
+    packs = split_into_packs(rows, most_tokens)
+    result = train_step(decoder, optimizer, packs, step=0, learning_rate=0.0, smoothing=0.2)
+    assert result.loss == pytest.approx(float(exact), rel=2e-6)
+
+
+@pytest.mark.trap(12)
+@pytest.mark.trap(14)
+@pytest.mark.parametrize("at_once", [1, 2, 4, 8])
+def test_any_split_of_each_step_ends_in_the_same_weights(base: Any, at_once: int) -> None:
+    """Steps of 16 rows and a last one of 5, all rows at once or so many."""
+    rows = examples([7 + 5 * (n % 6) for n in range(21)])
+
+    def ends(size: int) -> torch.Tensor:
+        decoder = load_decoder(base, FP32)
+        adapter, _ = new_adapter(decoder, LoraConfig(r=4), seed=0)
+        optimizer = AdamW(adapter, TrainConfig())
+        for step, first in enumerate((0, 16)):
+            part = rows[first : first + 16]
+            packs = [
+                make_pack(part[i : i + size], range(i, min(i + size, len(part))))
+                for i in range(0, len(part), size)
+            ]
+            train_step(decoder, optimizer, packs, step=step, learning_rate=1e-3)
+        return optimizer.m.clone()
+
+    whole = ends(16)
+    assert (ends(at_once) - whole).norm() < 2e-5 * whole.norm()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

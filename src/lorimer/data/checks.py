@@ -17,6 +17,7 @@ import numpy as np
 
 from lorimer.config import DataConfig
 from lorimer.data.conversation import Conversation, Message
+from lorimer.data.dropped import dropped
 from lorimer.data.near import near_prompts
 from lorimer.data.rows import row_key
 from lorimer.data.template import ChatTemplate, Example
@@ -138,6 +139,14 @@ def _late_system(one: Checked, _: Context) -> bool:
     return any(turn.role == "system" for turn in one.conversation.messages[1:])
 
 
+def _dropped(one: Checked, context: Context) -> list[str]:
+    return dropped(context.template, one.conversation, one.examples) if context.template else []
+
+
+def _not_shown(one: Checked, context: Context) -> bool:
+    return bool(_dropped(one, context))
+
+
 PLACEHOLDER = re.compile(
     r"\{\{\s*[\w.]+\s*\}\}|\{(?:input|instruction|question|answer|context|prompt|output|response|text)\}"
     r"|\[(?:insert|your|fill in)\b[^\]]*\]|<(?:placeholder|insert)\b[^>]*>",
@@ -220,6 +229,13 @@ ROW_CHECKS = (
         _empty_question,
     ),
     RowCheck(
+        "not-shown",
+        "warning",
+        "with parts that the chat template leaves out: the model never sees them",
+        "Give a template that shows them as `data.chat_template`, or take them out of the rows.",
+        _not_shown,
+    ),
+    RowCheck(
         "rendered-text",
         "warning",
         "of plain text that spells control tokens, which are read as ordinary text",
@@ -237,7 +253,7 @@ ROW_CHECKS = (
         "broken-text",
         "warning",
         "with text that was read in a wrong encoding (as Ã© for é)",
-        "Read the source as UTF-8 and make the rows again.",
+        "`--fix` reads what can be read again as UTF-8; else make the rows again.",
         _broken_text,
     ),
     RowCheck(
@@ -292,6 +308,10 @@ ROW_CHECKS = (
 )
 
 
+# What of these rows is named in the message, the most frequent first.
+NAMED = {"control-markers": _markers, "rendered-text": _markers, "not-shown": _dropped}
+
+
 def row_findings(name: str, rows: Sequence[Checked], context: Context) -> list[Finding]:
     findings = []
     for one in ROW_CHECKS:
@@ -302,9 +322,9 @@ def row_findings(name: str, rows: Sequence[Checked], context: Context) -> list[F
         if one.code == "end-not-trained" and len(hit) <= UNENDED_SHARE * len(rows):
             severity = "warning"
         message = f"{name}: {_rows(len(hit))} {one.message}"
-        if one.code in ("control-markers", "rendered-text"):
-            spelled = Counter(marker for row in hit for marker in set(_markers(row, context)))
-            message += f" ({', '.join(marker for marker, _ in spelled.most_common(3))})"
+        if one.code in NAMED:
+            named = Counter(part for row in hit for part in set(NAMED[one.code](row, context)))
+            message += f" ({', '.join(part for part, _ in named.most_common(3))})"
         findings.append(Finding(one.code, severity, message, tuple(row.place for row in hit), one.fix))
     return findings
 

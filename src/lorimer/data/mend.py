@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorimer.config import DataConfig
-from lorimer.data.checks import HIDDEN
+from lorimer.data.checks import BROKEN, HIDDEN
 from lorimer.data.doctor import Report
 from lorimer.data.rows import Row, scan_rows
 from lorimer.errors import DataError, UserError
@@ -28,7 +29,6 @@ LEFT_OUT = (
     "empty-answer",
     "empty-question",
     "placeholder",
-    "broken-text",
     "json-broken",
     "answer-cut-off",
 )
@@ -95,25 +95,54 @@ def _write(
         elif row.place in gone:
             left_out[gone[row.place]] += 1
         else:
-            lines.append(_mended(row, touched.get(row.place, set()), changed))
+            codes = touched.get(row.place, set())
+            value = _mended(row, codes)
+            if "broken-text" in codes and _each(value, lambda text: BROKEN.sub("", text)) != value:
+                left_out["broken-text"] += 1
+                continue
+            changed.update(codes)
+            lines.append(json.dumps(value, ensure_ascii=False, default=str) + "\n")
     write_file(path, "".join(lines))
     return Mended(path, before, len(lines), dict(left_out), dict(changed))
 
 
-def _mended(row: Row, codes: set[str], changed: Counter[str]) -> str:
+def _mended(row: Row, codes: set[str]) -> Any:
     value = copy.deepcopy(row.value)
     for code in sorted(codes):
         value = MENDERS[code](value)
-        changed[code] += 1
-    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
+    return value
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with each of its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each(item, change) for key, item in value.items()}
+    return [_each(item, change) for item in value] if isinstance(value, list) else value
 
 
 def _without_hidden(value: Any) -> Any:
-    if isinstance(value, str):
-        return HIDDEN.sub("", value)
-    if isinstance(value, dict):
-        return {key: _without_hidden(item) for key, item in value.items()}
-    return [_without_hidden(item) for item in value] if isinstance(value, list) else value
+    return _each(value, lambda text: HIDDEN.sub("", text))
+
+
+def _read_again(value: Any) -> Any:
+    return _each(value, lambda text: _as_utf8(text) if BROKEN.search(text) else text)
+
+
+def _as_utf8(text: str) -> str:
+    """The text of the bytes that were read as Windows-1252 or Latin-1; as it is if they are no UTF-8."""
+    try:
+        return b"".join(map(_byte, text)).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def _byte(character: str) -> bytes:
+    try:
+        return character.encode("cp1252")
+    except UnicodeEncodeError:  # five bytes have no character there, and are read as in Latin-1
+        return character.encode("latin-1")
 
 
 def _turns(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -146,4 +175,9 @@ def _closed(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-MENDERS = {"hidden-characters": _without_hidden, "edge-space": _without_edges, "open-end": _closed}
+MENDERS = {
+    "broken-text": _read_again,
+    "hidden-characters": _without_hidden,
+    "edge-space": _without_edges,
+    "open-end": _closed,
+}
