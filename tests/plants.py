@@ -306,8 +306,8 @@ PLANTS = (
     ),
     Plant(
         (48, 54), "the base decays with the adapter", "train/step.py",
-        "        norm = optimizer.step(learning_rate)\n",
-        "        norm = optimizer.step(learning_rate)\n        decoder.final_norm.weight_H.mul_(1 - learning_rate)\n",
+        "            norm = optimizer.step(learning_rate, scale)\n",
+        "            norm = optimizer.step(learning_rate, scale)\n            decoder.final_norm.weight_H.mul_(1 - learning_rate)\n",
     ),
     Plant(
         (54,), "the update is added to the base in memory", "lora/merge.py",

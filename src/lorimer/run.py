@@ -105,7 +105,7 @@ class RunFolder:
         """run.json, or nothing if the run never got so far."""
         try:
             value = json.loads(self.record.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 

@@ -49,7 +49,7 @@ def explain(error: OSError, path: Path, needed: int | None = None) -> StorageErr
     reason = error.strerror or str(error)
     return StorageError(
         f"cannot write: {reason}{space}",
-        fix="Free space or permissions there, or choose another folder with `output.dir`.",
+        fix="Free space or permissions there, or choose another folder (`output.dir`, or --out).",
         path=error.filename if isinstance(error.filename, str) else path,
     )
 
@@ -216,17 +216,22 @@ def verify_folder(path: Path) -> str | None:
     """None if the folder is what its manifest says, else what is wrong with it."""
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        there = {file.relative_to(path).as_posix() for file in _files(path)}
         for name, wanted in listed.items():
             file = path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"its manifest lists {name!r}, which is no file of this folder"
             if file.stat().st_size != wanted["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes (wanted: {wanted['bytes']})"
             if sha256(file) != wanted["sha256"]:
                 return f"{name} does not have the content that was written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"the manifest cannot be read ({error})"
-    return None
+    # One that is hidden is the system's or an editor's, and is never read.
+    others = sorted(name for name in there - {MANIFEST, *listed} if not name.startswith("."))
+    return f"{others[0]} is not in the manifest" if others else None
 
 
 def sha256(path: Path) -> str:

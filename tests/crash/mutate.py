@@ -1,8 +1,9 @@
 # ruff: noqa: E501  (tables)
 """Damaged inputs of every kind: one message each, never a traceback, a hang or a half-made run.
 
-python tests/crash/mutate.py                10,000 inputs, about an hour
+python tests/crash/mutate.py                10,000 inputs, under an hour on two processors
 python tests/crash/mutate.py --inputs 300   as many
+python tests/crash/mutate.py --first 10000  others than those
 python tests/crash/mutate.py --only 4711    one of them, and what it said
 """
 
@@ -10,23 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import resource
-import shutil
-import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import runs
+import inputs
+from inputs import CHECKPOINT, GENERATE, MEMORY, RESUME, TRAIN
 
-from lorimer.cli import app
-
-SECONDS, MEMORY = 10.0, 512_000_000
 ODD_NUMBERS = (
     b"-1",
     b"0",
@@ -58,93 +52,58 @@ ODD_VALUES: tuple[object, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """A kind of input: the file that is mutated, and the command that reads it."""
+    """A kind of input: the file that is mutated, and the commands that read it."""
 
     name: str
     file: str
-    command: list[str]
+    commands: tuple[list[str], ...]
     is_json: bool = False
     head: int | None = None  # mutate only these first bytes
+    # Exit codes that are no refusal: `verify` ends with 1 where it finds damage.
+    codes: frozenset[int] = frozenset({0, 2})
 
 
-TRAIN, RESUME = ["train", "c.yaml"], ["train", "--resume", "runs/whole"]
-GENERATE = ["generate", "adapter", "a", "--max-tokens", "1"]
-CHECKPOINT = "runs/whole/checkpoints/step-000001"
+def to_train(key: str, file: str) -> tuple[list[str], ...]:
+    return ([*TRAIN, f"{key}={file}"],)
+
+
+CHECK, SHOWN = (
+    ["data", "check", "train.jsonl", "--base", "base"],
+    ["data", "show", "train.jsonl", "--base", "base"],
+)
+MERGE, PLAN, SHOW = ["merge", "adapter", "--out", "merged"], ["plan", "c.yaml"], ["show", "base"]
+EXPORT = ["export", "adapter", "--to", "gguf-lora", "--out", "lora.gguf"]
+OF_ADAPTER = (GENERATE, MERGE, EXPORT, ["show", "adapter"])
+VERIFY = ["verify", "runs/whole"]
+OF_RUN, VERDICTS = (RESUME, VERIFY), frozenset({0, 1, 2})
 SURFACES = [
-    Surface("rows", "train.jsonl", TRAIN),
-    Surface("rows as json", "rows.json", [*TRAIN, "data.train=rows.json"], is_json=True),
-    Surface("rows as csv", "rows.csv", [*TRAIN, "data.train=rows.csv"]),
-    Surface("config", "c.yaml", TRAIN),
-    Surface("weights", "base/model.safetensors", TRAIN, head=4096),
-    Surface("config.json", "base/config.json", TRAIN, is_json=True),
-    Surface("tokenizer.json", "base/tokenizer.json", TRAIN, is_json=True),
-    Surface("tokenizer_config.json", "base/tokenizer_config.json", TRAIN, is_json=True),
-    Surface("template", "base/chat_template.jinja", TRAIN),
-    Surface("gguf", "base.gguf", [*TRAIN, "base=base.gguf"], head=12_000),
-    Surface("adapter_config.json", "adapter/adapter_config.json", GENERATE, is_json=True),
-    Surface("adapter weights", "adapter/adapter_model.safetensors", GENERATE, head=4096),
-    Surface("lorimer.json", "adapter/lorimer.json", GENERATE, is_json=True),
-    Surface("manifest", f"{CHECKPOINT}/manifest.json", RESUME, is_json=True),
-    Surface("state", f"{CHECKPOINT}/state.json", RESUME, is_json=True),
-    Surface("a run's record", "runs/whole/run.json", RESUME, is_json=True),
-    Surface("a run's steps", "runs/whole/metrics.jsonl", ["verify", "runs/whole"]),
-    Surface("command line", "", TRAIN),
-]  # fmt: skip
+    Surface("rows", "train.jsonl", (TRAIN, CHECK, SHOWN, PLAN)),
+    Surface("rows as json", "rows.json", to_train("data.train", "rows.json"), is_json=True),
+    Surface("rows as csv", "rows.csv", to_train("data.train", "rows.csv")),
+    Surface("rows as parquet", "rows.parquet", to_train("data.train", "rows.parquet")),
+    Surface("config", "c.yaml", (TRAIN, PLAN)),
+    Surface("weights", "base/model.safetensors", (TRAIN, SHOW), head=4096),
+    Surface("config.json", "base/config.json", (TRAIN, SHOW, PLAN), is_json=True),
+    Surface("tokenizer.json", "base/tokenizer.json", (TRAIN, CHECK), is_json=True),
+    Surface("tokenizer_config.json", "base/tokenizer_config.json", (TRAIN,), is_json=True),
+    Surface("template", "base/chat_template.jinja", (TRAIN, SHOWN)),
+    Surface("gguf", "base.gguf", (*to_train("base", "base.gguf"), ["show", "base.gguf"]), head=12_000),
+    Surface("adapter_config.json", "adapter/adapter_config.json", OF_ADAPTER, is_json=True),
+    Surface("adapter weights", "adapter/adapter_model.safetensors", OF_ADAPTER, head=4096),
+    Surface("lorimer.json", "adapter/lorimer.json", OF_ADAPTER, is_json=True),
+    Surface("adapter's template", "adapter/chat_template.jinja", (GENERATE, MERGE)),
+    Surface("manifest", f"{CHECKPOINT}/manifest.json", OF_RUN, is_json=True, codes=VERDICTS),
+    Surface("state", f"{CHECKPOINT}/state.json", OF_RUN, is_json=True, codes=VERDICTS),
+    Surface("a run's record", "runs/whole/run.json", OF_RUN, is_json=True, codes=VERDICTS),
+    Surface("a run's steps", "runs/whole/metrics.jsonl", OF_RUN, codes=VERDICTS),
+    Surface("command line", "", (TRAIN, PLAN), codes=frozenset({0, 2, 4})),
+]
 ARGUMENTS = (
     "train.epochs=", "lora.r=-1", "--resume", "--nope", "train.learning_rate=abc", "data.train=", "=", "base=",
     "output.name=../x", "output.name=a/b", "train.device=cuda:0", "quant=nf9", "lora.layers=last:999", "--profile-steps",
     "train.seed=-5", "data.max_tokens=3", "\x00", "é", "data.train=[", "lora.target_modules={}", "train.threads=9999999999",
     "output.dir=/proc/x", "base=c.yaml", "data.test=base", "train.budget=1", "--finish-by", "data.valid_fraction=1.5",
 )  # fmt: skip
-
-
-def prepare(folder: Path) -> None:
-    """Sound inputs of every kind, made by commands of lorimer itself."""
-    runs.write_chat_base(folder / "base")
-    runs.write_rows(folder / "train.jsonl", 9)
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    pairs = [[turn["content"] for turn in row["messages"]] for row in rows]
-    (folder / "rows.csv").write_text("prompt,completion\n" + "".join(f"{a},{b}\n" for a, b in pairs))
-    (folder / "c.yaml").write_text(
-        "base: base\ndata: {train: train.jsonl}\nlora: {r: 2, alpha: 4}\n"
-        "train: {max_steps: 1, batch_size: 3, learning_rate: 5e-3, dtype: fp32, threads: 1}\n"
-        "output: {dir: runs, name: one, save_every: 1}\n"
-    )
-    for command in (
-        [*TRAIN, "output.name=whole", "train.max_steps=1"],
-        ["export", "base", "--to", "gguf", "--out", "base.gguf"],
-    ):
-        code, said, _ = in_child(folder, command)
-        assert code == 0, said
-    shutil.copytree(folder / "runs/whole/adapter", folder / "adapter")
-
-
-def in_child(folder: Path, arguments: list[str]) -> tuple[int, str, int]:
-    """Exit code (-9 for one that took too long), what was said, and the most memory in bytes."""
-    out = folder / "out.txt"
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.chdir(folder)
-            handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            code = app.run(arguments)
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + SECONDS
-    while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            _, status, usage = os.wait4(child, 0)
-            break
-        time.sleep(0.004)
-    return os.waitstatus_to_exitcode(status), out.read_text("utf-8", "replace"), usage.ru_maxrss * 1024
 
 
 def mutate(data: bytes, surface: Surface) -> bytes:
@@ -212,64 +171,50 @@ def problems(sound: Path, number: int, baseline: int, *, show: bool = False) -> 
     """The surface of input `number`, and what went wrong with it."""
     random.seed(number)
     surface = SURFACES[number % len(SURFACES)]
-    command = list(surface.command)
-    with tempfile.TemporaryDirectory(prefix="lorimer-input-") as scratch:
-        folder = Path(scratch) / "x"
-        shutil.copytree(sound, folder, symlinks=True)
+    command = list(random.choice(surface.commands))
+    with inputs.copy_of(sound) as folder:
         size = 0
         if surface.file:
             file = folder / surface.file
             data = mutate(file.read_bytes(), surface)
             file.write_bytes(data)
             size = len(data)
+            if surface.name == "state" and random.random() < 0.7:
+                inputs.agree(file)  # else every mutation ends at the manifest
         else:
             extra = random.sample(ARGUMENTS, random.randint(1, 3))
             command = [text for text in (*command, *extra) if "\x00" not in text or random.random() < 0.5]
-        before = {path.name for path in (folder / "runs").iterdir()}
-        code, said, memory = in_child(folder, command)
-        after = {path.name for path in (folder / "runs").iterdir()} if (folder / "runs").is_dir() else set()
-        if show:
-            print(f"{surface.name}: exit code {code}\n{said}")
-        found = []
-        if code == -signal.SIGKILL:
-            found.append(f"it took more than {SECONDS:.0f} s")
-        elif code not in (0, 1, 2, 4):
-            found.append(f"exit code {code}")
-        if "Traceback" in said or "bug in lorimer" in said:
-            found.append(said[-500:])
-        if (
-            code == 1
-            and "diverge" not in said
-            and "not finite" not in said
-            and "is nan" not in said
-            and surface.name != "a run's steps"
-        ):
-            found.append(f"exit code 1: {said[-300:]}")
-        if code == 2 and "error:" not in said:
-            found.append(f"no message: {said[-200:]}")
-        if code == 2 and after - before and "--resume" not in command:
-            found.append(f"left behind: {sorted(after - before)}")
-        if memory > baseline + MEMORY + 2 * size:
-            found.append(f"it took {memory / 1e6:,.0f} MB")
-        return surface.name, found
+        outcome = inputs.run(folder, command)
+    if show:
+        print(f"{surface.name}: {' '.join(command)}: exit code {outcome.code}\n{outcome.said}")
+    found = inputs.faults(outcome, command, baseline + MEMORY + 2 * size)
+    # A weight may have become so large that training cannot go on, which is no refusal.
+    diverged = outcome.code == 1 and any(
+        word in outcome.said for word in ("diverge", "not finite", "is nan")
+    )
+    if outcome.code not in surface.codes and not diverged and not found:
+        found.append(f"exit code {outcome.code}: {outcome.said[-300:]}")
+    return surface.name, found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Damaged inputs of every kind.")
     parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
     parser.add_argument("--only", type=int, help="one input by its number")
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     began, bad = time.perf_counter(), 0
     counts: Counter[str] = Counter()
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with tempfile.TemporaryDirectory(prefix="lorimer-inputs-") as scratch:
-        sound = Path(scratch) / "sound"
-        sound.mkdir()
-        prepare(sound)
-        baseline = max(baseline, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        numbers = range(args.inputs) if args.only is None else [args.only]
-        for number in numbers:
-            name, found = problems(sound, number, baseline, show=args.only is not None)
+    with inputs.sound_inputs() as (sound, baseline):
+        if args.only is not None:
+            print(problems(sound, args.only, baseline, show=True)[1])
+            return 0
+
+        def one(place: int) -> tuple[int, str, list[str]]:
+            return args.first + place, *problems(sound, args.first + place, baseline)
+
+        for number, name, found in inputs.shared(one, args.inputs, args.workers):
             counts[name] += 1
             bad += bool(found)
             for text in found:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorimer.bases.gguf import TensorEntry
+from lorimer.bases.json_object import COPY
 from lorimer.bases.open import BaseFiles, open_base
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.bases.store import home, list_bases, manifest_of, resolve_base
@@ -117,11 +118,15 @@ def _adapter_config(path: Path) -> Facts:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"this cannot be read as JSON: {error}", path=path) from error
+        raise AdapterError(f"this cannot be read as JSON: {error}", fix=COPY, path=path) from error
     if not isinstance(value, dict):
-        raise AdapterError("this should be a JSON object", path=path)
+        raise AdapterError("this should be a JSON object", fix=COPY, path=path)
     if value.get("peft_type", "LORA") != "LORA":
-        raise AdapterError(f"the adapter is of the kind {value['peft_type']} (wanted: LORA)", path=path)
+        raise AdapterError(
+            f"the adapter is of the kind {value['peft_type']} (wanted: LORA)",
+            fix="Use it with the tool that made it, or train a LoRA adapter.",
+            path=path,
+        )
     return value
 
 

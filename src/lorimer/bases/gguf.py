@@ -119,10 +119,22 @@ class GgufFile:
         self._data = self._mapped.bytes
         cursor = _Cursor(self.path, self._data.data)
         if bytes(cursor.take(4, "the magic")) != b"GGUF":
-            raise BaseError("this is not a GGUF file: it does not begin with GGUF", path=self.path)
+            raise BaseError(
+                "this is not a GGUF file: it does not begin with GGUF",
+                fix="Give a .gguf file, or a folder in Hugging Face layout.",
+                path=self.path,
+            )
         version = cursor.number("I", "the version")
+        if version in (2 << 24, 3 << 24):
+            raise BaseError(
+                "the file is big-endian", fix="Get or convert a little-endian one.", path=self.path
+            )
         if version not in (2, 3):
-            raise BaseError(f"the GGUF version is {version} (wanted: 2 or 3)", path=self.path)
+            raise BaseError(
+                f"the GGUF version is {version} (wanted: 2 or 3)",
+                fix="Get a newer file of the model, or convert it again with llama.cpp.",
+                path=self.path,
+            )
         tensors, entries = cursor.number("Q", "the header"), cursor.number("Q", "the header")
         # The shortest tensor info takes 24 bytes, the shortest entry 13.
         if tensors * 24 + entries * 13 > len(self._data):
@@ -146,11 +158,11 @@ class GgufFile:
             name = cursor.text("a tensor's name")
             if name in entries:
                 cursor.fail(f"the tensor `{name}` comes twice")
-            dimensions = cursor.number("I", name)
+            dimensions = cursor.number("I", f"`{name}`")
             if dimensions > 4:
                 cursor.fail(f"`{name}` has {dimensions} dimensions")
-            sizes = [cursor.number("Q", name) for _ in range(dimensions)]
-            kind = cursor.number("I", name)
+            sizes = [cursor.number("Q", f"`{name}`") for _ in range(dimensions)]
+            kind = cursor.number("I", f"`{name}`")
             if kind not in TYPES:
                 known = ", ".join(storage.name for storage in TYPES.values())
                 raise BaseError(
@@ -159,14 +171,16 @@ class GgufFile:
                     path=self.path,
                 )
             entries[name] = self._entry(cursor, name, TYPES[kind], sizes)
-            offsets[name] = cursor.number("Q", name)
+            offsets[name] = cursor.number("Q", f"`{name}`")
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             cursor.fail(f"the alignment is {alignment!r}")
         start = -(-cursor.at // alignment) * alignment
         for name, entry in entries.items():
             self._places[name] = start + offsets[name]
-            if offsets[name] % alignment or self._places[name] + entry.nbytes > len(self._data):
+            if offsets[name] % alignment:
+                cursor.fail(f"the tensor `{name}` lies at {offsets[name]:,}, no multiple of {alignment}")
+            if self._places[name] + entry.nbytes > len(self._data):
                 end = self._places[name] + entry.nbytes
                 raise BaseError(
                     f"the GGUF file is cut short or damaged: the tensor `{name}` ends at byte {end:,}, "
@@ -208,7 +222,10 @@ class GgufFile:
 def _map(path: Path) -> MappedFile:
     try:
         if path.stat().st_size == 0:
-            raise BaseError("the file is empty", path=path)
+            raise BaseError("the file is empty", fix="Download it again.", path=path)
         return MappedFile(path)
     except OSError as error:
-        raise BaseError(f"the file cannot be read: {error.strerror or error}", path=path) from error
+        fix = "Give a file that you may read."
+        raise BaseError(
+            f"the file cannot be read: {error.strerror or error}", fix=fix, path=path
+        ) from error

@@ -30,7 +30,10 @@ class Reading:
         return default if value is None else value
 
     def count(self, key: str) -> int:
-        return int(self.get(key))
+        value = self.get(key)
+        if type(value) is not int:
+            raise ValueError(f"`{key}` {'' if value is None else repr(value)}".rstrip())
+        return value
 
     def has(self, name: str) -> bool:
         """Whether the first layer has this."""
@@ -105,8 +108,8 @@ class Reading:
 def read_config(reading: Reading) -> Config:
     """The config. Raises KeyError, TypeError, ValueError or ArithmeticError for metadata without sense."""
     r = reading
-    if r.layers > len(r.shapes):
-        raise ValueError(f"block_count {r.layers:,}")
+    if not 1 <= r.layers <= len(r.shapes):
+        raise ValueError(f"`block_count` {r.layers:,}")
     _check_rows(r)
     config: Config = {
         "model_type": r.row.model_type,
@@ -143,7 +146,10 @@ def _check_rows(r: Reading) -> None:
     for name, rows in wanted.items():
         shape = r.shapes.get(f"blk.0.{name}.weight")
         if shape is not None and shape[0] != rows:
-            raise ValueError(f"{rows:,} rows of {name}, where there are {shape[0]:,},")
+            raise ValueError(
+                "`attention.head_count`, `attention.key_length` or `feed_forward_length`, by which "
+                f"{name} has {rows:,} rows (there are {shape[0]:,}),"
+            )
 
 
 def rope_scaling(r: Reading) -> Config | None:

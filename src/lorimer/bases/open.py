@@ -14,7 +14,8 @@ import numpy as np
 
 from lorimer.bases.gguf import GgufFile, TensorEntry
 from lorimer.bases.gguf_config import Reading, read_config
-from lorimer.bases.gguf_names import Piece, architecture_of, pieces
+from lorimer.bases.gguf_names import ARCHITECTURES, Piece, architecture_of, pieces
+from lorimer.bases.json_object import COPY, unique
 from lorimer.bases.mapped import Bytes
 from lorimer.bases.published import present_name, text_part
 from lorimer.bases.safetensors import SafetensorsFile
@@ -78,7 +79,8 @@ class BaseFiles(ABC):
                 continue
             tokens = value if isinstance(value, list) else [value]
             if not all(type(token) is int for token in tokens):
-                raise BaseError(f"eos_token_id is {value!r} (wanted: ids)", path=self.path)
+                fix = "Check config.json and generation_config.json against the model's original."
+                raise BaseError(f"eos_token_id is {value!r} (wanted: ids)", fix=fix, path=self.path)
             return tokens
         return []
 
@@ -112,7 +114,7 @@ def open_base(path: str | Path) -> BaseFiles:
     if path.is_file():
         return GgufBase(path)
     if not path.is_dir():
-        raise BaseError("there is no such file or folder", path=path)
+        raise BaseError("there is no such file or folder", fix="Check the path.", path=path)
     inside = sorted(path.glob("*.gguf"))
     if not inside or any(path.glob("*.safetensors")):
         return FolderBase(path)
@@ -157,12 +159,17 @@ class FolderBase(BaseFiles):
         file = self.path / name
         try:
             if file.exists() and file.stat().st_size > SMALL_FILE:
-                raise BaseError(f"{file.stat().st_size:,} bytes is too large for this file", path=file)
+                said = f"{file.stat().st_size:,} bytes is too large for this file"
+                raise BaseError(said, fix=COPY, path=file)
             return file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise BaseError(f"the file cannot be read: {error}", path=file) from error
+        except UnicodeDecodeError as error:
+            fix = f"{COPY} If you wrote it, save it as UTF-8."
+            raise BaseError(f"the file cannot be read: {error}", fix=fix, path=file) from error
+        except OSError as error:
+            fix = "Give a folder that you may read."
+            raise BaseError(f"the file cannot be read: {error}", fix=fix, path=file) from error
 
     def _json(self, name: str, *, required: bool = False) -> dict[str, Any]:
         text = self._text(name)
@@ -175,13 +182,13 @@ class FolderBase(BaseFiles):
                 )
             return {}
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=unique)
             # Half of a pair of surrogates is a text to JSON, and cannot be written anywhere.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
-            raise BaseError(f"this is not JSON: {error}", path=self.path / name) from error
+            raise BaseError(f"this is not JSON: {error}", fix=COPY, path=self.path / name) from error
         if not isinstance(value, dict):
-            raise BaseError("this should be a JSON object", path=self.path / name)
+            raise BaseError("this should be a JSON object", fix=COPY, path=self.path / name)
         return value
 
     def _template(self) -> str | None:
@@ -203,6 +210,7 @@ class FolderBase(BaseFiles):
             if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
                 raise BaseError(
                     "weight_map should give a file for each tensor",
+                    fix=COPY,
                     path=self.path / "model.safetensors.index.json",
                 )
             return [SafetensorsFile(self._shard(name)) for name in sorted(set(shards.values()))]
@@ -215,16 +223,19 @@ class FolderBase(BaseFiles):
                 fix="Get the model as safetensors, or convert it where you trust it.",
                 path=self.path,
             )
-        raise BaseError("model.safetensors is missing", path=self.path)
+        raise BaseError("model.safetensors is missing", fix="Copy the folder again, whole.", path=self.path)
 
     def _shard(self, name: str) -> Path:
         file = self.path / name
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise BaseError(
-                f"the index names `{name}` (wanted: a .safetensors file in the same folder)", path=self.path
+                f"the index names `{name}` (wanted: a .safetensors file in the same folder)",
+                fix="Get the model from where it was published: this index is not one that tools write.",
+                path=self.path,
             )
         if not file.exists():
-            raise BaseError(f"the shard {name} that the index names is missing", path=self.path)
+            fix = "Copy the folder again, whole."
+            raise BaseError(f"the shard {name} that the index names is missing", fix=fix, path=self.path)
         return file
 
 
@@ -303,9 +314,16 @@ class GgufBase(BaseFiles):
             return read_config(reading)
         except (KeyError, TypeError, ValueError, ArithmeticError, IndexError) as error:
             named = reading.metadata.get("general.architecture")
+            if named not in ARCHITECTURES:
+                raise BaseError(
+                    f"the architecture `{named}` is not supported",
+                    fix=f"Supported: {', '.join(ARCHITECTURES)}.",
+                    path=self.path,
+                ) from error
             raise BaseError(
                 f"the GGUF file does not describe a language model that can be used ({named}: "
                 f"{error} is missing or wrong)",
+                fix="Download it again, or choose another file of the model.",
                 path=self.path,
             ) from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorimer.bases.gguf import TensorEntry
+from lorimer.bases.json_object import unique
 from lorimer.bases.mapped import Bytes, MappedFile
 from lorimer.errors import BaseError
 
@@ -53,13 +54,17 @@ class SafetensorsFile:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, HEADER_BYTES):
                     self._fail(f"its header says {length:,} bytes, the file has {size:,}")
-                header = json.loads(file.read(length))
+                header = json.loads(file.read(length), object_pairs_hook=unique)
         except OSError as error:
             raise BaseError(
-                f"the file cannot be read: {error.strerror or error}", path=self.path
+                f"the file cannot be read: {error.strerror or error}",
+                fix="Give a file that you may read.",
+                path=self.path,
             ) from error
-        except (ValueError, RecursionError):
+        except RecursionError:
             self._fail("its header is not JSON")
+        except ValueError as error:
+            self._fail(str(error) if str(error).endswith("twice") else "its header is not JSON")
         if not isinstance(header, dict):
             self._fail("its header is not a JSON object")
         self._mapped = MappedFile(self.path)
@@ -76,7 +81,9 @@ class SafetensorsFile:
             self._fail(f"`{name}` is not described as a tensor")
         if dtype not in BYTES or not plain:
             self._fail(f"`{name}` has the type {dtype} or sizes that are not known")
-        if begin > end or end > len(self._data):
+        if begin > end:
+            self._fail(f"`{name}` begins at byte {begin:,} and ends at byte {end:,}")
+        if end > len(self._data):
             self._fail(f"`{name}` ends at byte {end:,}, the file has {len(self._data):,} bytes of data")
         if math.prod(shape) * BYTES[dtype] != end - begin:
             self._fail(
@@ -90,7 +97,11 @@ class SafetensorsFile:
         for name, (begin, end) in sorted(self._places.items(), key=lambda item: item[1]):
             if begin < last:
                 self._fail(f"`{name}` overlaps another tensor")
+            if begin > last:
+                self._fail(f"{begin - last:,} bytes before `{name}` belong to no tensor")
             last = end
+        if last < len(self._data):
+            self._fail(f"{len(self._data) - last:,} bytes at its end belong to no tensor")
 
     def raw(self, name: str) -> Bytes:
         """The tensor's bytes as they lie in the file, not copied."""

@@ -106,6 +106,10 @@ def resolve_base(name: str | Path) -> Path:
     names = [str(manifest["name"]) for manifest in list_bases()]
     if str(name) in KNOWN or HUB_ID.fullmatch(str(name)):
         fix = f"Get it with: lorimer pull {name}"
+    elif address := re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", str(name)):
+        fix = f"A base has a name, not an address. Get it with: lorimer pull {address[1]}"
+    elif "$" in str(name):
+        fix = "Write the path out: variables of the shell are not read here."
     else:
         close = difflib.get_close_matches(str(name), [*names, *KNOWN], 1)
         fix = f"Did you mean `{close[0]}`? " if close else ""

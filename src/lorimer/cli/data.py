@@ -237,7 +237,8 @@ def _template(base: str | None, config: DataConfig) -> tuple[BaseFiles, ChatTemp
         try:
             source = Path(config.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(f"it cannot be read: {error}", path=config.chat_template) from None
+            fix = "Save it as UTF-8, or give another --chat-template."
+            raise TemplateError(f"it cannot be read: {error}", fix=fix, path=config.chat_template) from None
     return opened, ChatTemplate(source, Tokenizer.from_base(opened))
 
 

@@ -55,9 +55,11 @@ def evaluate(
     Metrics: loss, perplexity, exact_match, json_valid, json_precision, json_recall, json_f1, bleu,
     chrf, rouge1, rouge2, rougeL.
     """
-    from lorimer.evaluate.run import compare_scores
+    from lorimer.evaluate.run import compare_scores, read_gate
     from lorimer.generate.model import load
 
+    for expression in min_score or []:
+        read_gate(expression)
     config = run_config(Path(target), need_files=data is None)
     conversations = held_out(config, data)[:rows]
     # As it was trained, so that the scores are those of the run's own proof.

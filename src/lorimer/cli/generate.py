@@ -108,7 +108,8 @@ def _from_file(file: Path) -> list[str | Messages]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"cannot be read: {reason}", path=file) from error
+        fix = "Check the path; prompts are lines of UTF-8 text, or rows of .jsonl."
+        raise DataError(f"cannot be read: {reason}", fix=fix, path=file) from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise DataError("there is no prompt in it", fix="Write one prompt a line.", path=file)
@@ -128,6 +129,7 @@ def _rows(file: Path) -> list[str | Messages]:
                 value = value[:-1]
         elif not isinstance(value, str):
             problem = f"the row has neither a prompt nor messages (found: {', '.join(row.value)})"
-            raise DataError(problem, path=row.path, line=row.line)
+            fix = "Write the prompt as `prompt` or as `messages`."
+            raise DataError(problem, fix=fix, path=row.path, line=row.line)
         found.append(value)
     return found

@@ -85,9 +85,10 @@ def _wrong_value(place: Place, item: ErrorDetails) -> Problem:
         example = SETTINGS[key].examples[0] if key in SETTINGS else "{train: train.jsonl}"
         return Problem(place, f"`{key}` is not given", f"Add for example: {key.split('.')[-1]}: {example}")
     if item["type"] == "value_error":
-        return Problem(place, item["msg"].removeprefix("Value error, "))
+        return Problem(place, item["msg"].removeprefix("Value error, "), _more(key))
     if key not in SETTINGS:
-        return Problem(place, f"`{key}` is {found_text(value)} (wanted: a block of settings)")
+        text = f"`{key}` is {found_text(value)} (wanted: a block of settings)"
+        return Problem(place, text, f"Write its settings under it, as `{key}: {{NAME: VALUE}}`.")
     said = (
         f"has {found_text(value)} in its list"
         if isinstance(item["loc"][-1], int)
@@ -95,7 +96,11 @@ def _wrong_value(place: Place, item: ErrorDetails) -> Problem:
     )
     text = f"`{key}` {said} (wanted: {SETTINGS[key].wanted})"
     fix = None if "a time" in SETTINGS[key].wanted else _value_fix(value, item["type"])
-    return Problem(place, text, fix)
+    return Problem(place, text, fix or _more(key))
+
+
+def _more(key: str) -> str:
+    return f"`lorimer config explain {key}` says more." if key else "`lorimer config explain` says more."
 
 
 def _value_fix(value: Any, kind: str) -> str | None:

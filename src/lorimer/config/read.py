@@ -33,7 +33,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, need_files: 
     if not isinstance(value, dict):
         raise ConfigError(
             f"this is {found_text(value)} (wanted: settings)",
-            fix="Begin with `base: smollm2-135m`.",
+            fix="It is YAML: begin with `base: smollm2-135m`.",
             path=path,
         )
     source = _Source(str(path), lines)
@@ -94,7 +94,8 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError("this is not UTF-8 text", fix="Save it as UTF-8.", path=path) from error
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", path=path) from error
+        fix = "Give the path of a YAML file that you may read."
+        raise ConfigError(f"cannot be read: {error.strerror}", fix=fix, path=path) from error
 
 
 def _put_override(value: dict[str, Any], text: str, source: _Source) -> None:
@@ -119,7 +120,8 @@ def _put_override(value: dict[str, Any], text: str, source: _Source) -> None:
         block = block[part]
         if not isinstance(block, dict):
             inner = ".".join(place[: i + 1])
-            raise ConfigError(f"`{text}`: there are no settings inside `{inner}`")
+            fix = "`lorimer config explain` lists the settings."
+            raise ConfigError(f"`{text}`: there are no settings inside `{inner}`", fix=fix)
     block[place[-1]] = found
 
 
@@ -174,6 +176,9 @@ def _with_paths(config: RunConfig, source: _Source, folder: Path, need_files: bo
         place: Place = tuple(key.split("."))
         folders = [Path.cwd()] if source.override_of(place) else list(dict.fromkeys([folder, Path.cwd()]))
         if isinstance(given, list):
+            if not given:
+                fix = f"Name at least one, as `{name}: [train.jsonl]`."
+                raise source.error(place, f"`{key}` is a list of no files", fix)
             holder[name] = [_found_path(key, text, folders, source, need_files) for text in given]
         elif given is not None:
             holder[name] = _found_path(key, given, folders, source, need_files)
@@ -191,7 +196,7 @@ def _found_path(key: str, text: str, folders: list[Path], source: _Source, need_
         names = [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
         close = difflib.get_close_matches(Path(text).name, names, 1, cutoff=0.75)
         looked = " nor in ".join(str(folder) for folder in folders)
-        fix = f"Did you mean `{close[0]}`? " if close else ""
+        fix = f"Did you mean `{close[0]}`? " if close else "Check the path. "
         if len(folders) > 1:
             fix += "Paths are taken from the folder of the config file, then from the current folder."
         absolute = Path(text).expanduser().is_absolute()

@@ -5,6 +5,7 @@ The command line, the docs, `lorimer config explain` and the JSON Schema are mad
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from lorimer.config.presets import PRESETS
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PRESET_NAMES = tuple(PRESETS)
 DURATION = r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s)$"
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 Duration = Annotated[
     str,
     Field(pattern=DURATION, json_schema_extra={"wanted": "a time as 3h, 1h30m or 120s"}),
@@ -257,6 +259,7 @@ class OutputConfig(Block):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        json_schema_extra={"wanted": "a name of letters, digits, dots, dashes and underscores"},
         examples=["home"],
         description="Name of this run's folder.",
     )
@@ -271,6 +274,16 @@ class OutputConfig(Block):
         examples=[["tensorboard"]],
         description="Also log to these; each is an extra to install.",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, value: str | None) -> str | None:
+        """`last` is the link to the newest run; Windows has no folders with the names of devices."""
+        if value and (value.lower() == "last" or DEVICE.fullmatch(value) or value.endswith(".")):
+            raise ValueError(
+                f"`output.name` is {value!r}, which is kept for something else (wanted: another)"
+            )
+        return value
 
 
 class RunConfig(Block):
@@ -324,6 +337,8 @@ def _settings() -> dict[str, Setting]:
 
 def _wanted(schema: Mapping[str, Any]) -> str:
     """What a JSON Schema asks for, in words."""
+    if "wanted" in schema:
+        return str(schema["wanted"])
     if "anyOf" in schema:
         return " or ".join(_wanted(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:
@@ -334,7 +349,7 @@ def _wanted(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "string":
         if "pattern" not in schema:
             return "text"
-        return str(schema.get("wanted", f"text that matches {schema['pattern']}"))
+        return f"text that matches {schema['pattern']}"
     bounds = {
         "minimum": "from",
         "exclusiveMinimum": "above",

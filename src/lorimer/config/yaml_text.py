@@ -52,14 +52,17 @@ def read_yaml(text: str, path: str | None = None) -> tuple[Any, Lines]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        at = getattr(error, "position", None)  # of a character that YAML does not have
+        line = text.count("\n", 0, at) + 1 if mark is None and isinstance(at, int) else None
         raise ConfigError(
             f"this is not YAML: {problem}",
             fix="Look at the indentation, the colons and the quotes there; YAML has no tabs.",
             path=path,
-            line=None if mark is None else mark.line + 1,
+            line=line if mark is None else mark.line + 1,
         ) from error
     except RecursionError as error:
-        raise ConfigError("the settings are nested too deep", path=path) from error
+        fix = "Write them in blocks, as `lorimer config explain` shows them."
+        raise ConfigError("the settings are nested too deep", fix=fix, path=path) from error
     reader = _Reader(path)
     return (None if node is None else reader.value(node, ())), reader.lines
 
@@ -74,7 +77,8 @@ class _Reader:
         self.nodes += 1
         self.lines.setdefault(place, node.start_mark.line + 1)
         if self.nodes > MOST_NODES or len(place) > 50:
-            raise self.refuse(node, "there are more settings here than any run has")
+            fix = "Write values out in place of aliases (&name, *name)."
+            raise self.refuse(node, "there are more settings here than any run has", fix)
         if not STANDARD_TAG.fullmatch(node.tag):
             raise self.refuse(node, f"the tag `{node.tag}` is not read", "Write a plain value.")
         if isinstance(node, yaml.ScalarNode):
@@ -88,7 +92,8 @@ class _Reader:
         for key_node, value_node in node.value:
             key = key_node.value
             if not isinstance(key, str):
-                raise self.refuse(key_node, "a name of a setting must be text")
+                fix = "Write a name and a colon, as `lora:`."
+                raise self.refuse(key_node, "a name of a setting must be text", fix)
             if key in found:
                 first = self.lines[(*place, key)]
                 raise self.refuse(key_node, f"`{key}` is given twice, first on line {first}", "Keep one.")

@@ -166,6 +166,10 @@ def _read(row: Row, format: str, system: str | None) -> Conversation:
     return Conversation(tuple(messages), _tools(value.get("tools")), None, row.place)
 
 
+HISTORY = "Write each earlier turn as [question, answer]."
+CALL = 'Write {"function": {"name": ..., "arguments": {...}}}.'
+
+
 def _messages_row(value: Mapping[str, Any]) -> list[Message]:
     return [*_system(value), *_turns(value["messages"], "messages")]
 
@@ -178,10 +182,10 @@ def _alpaca_row(value: Mapping[str, Any]) -> list[Message]:
     messages = _system(value)
     history = value.get("history", [])
     if not isinstance(history, list):
-        raise DataError(f"`history` is {kind_of(history)}, wanted a list of [question, answer]")
+        raise DataError(f"`history` is {kind_of(history)}, wanted a list", fix=HISTORY)
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise DataError(f"`history` holds {kind_of(pair)}, wanted [question, answer]")
+            raise DataError(f"`history` holds {kind_of(pair)}, wanted a pair", fix=HISTORY)
         messages.append(Message("user", _text(pair[0], "history")))
         messages.append(Message("assistant", _text(pair[1], "history")))
     asked = [_text(value.get(key, ""), key) for key in ("instruction", "input")]
@@ -212,7 +216,9 @@ READERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
 
 
 def _side(value: Any, key: str, role: str) -> list[Message]:
-    return [Message(role, value)] if isinstance(value, str) else _turns(value, key)
+    if isinstance(value, list | tuple):
+        return _turns(value, key)
+    return [Message(role, _text(value, key))]
 
 
 def _system(value: Mapping[str, Any]) -> list[Message]:
@@ -238,7 +244,8 @@ def _numbered(number: int, turn: Any) -> Message:
 def _message(turn: Any) -> Message:
     """One message, in OpenAI's words (role, content) or ShareGPT's (from, value)."""
     if not isinstance(turn, Mapping):
-        raise DataError(f"it is {kind_of(turn)}, wanted an object with `role` and `content`")
+        fix = 'Write it as {"role": "user", "content": "..."}.'
+        raise DataError(f"it is {kind_of(turn)}, wanted an object with `role` and `content`", fix=fix)
     given = {key: item for key, item in turn.items() if item is not None}
     named = "role" if "role" in given else "from"
     if named not in given:
@@ -279,7 +286,10 @@ def _content(value: Any, key: str) -> str:
     parts = []
     for part in value:
         if not isinstance(part, Mapping):
-            raise DataError(f"`{key}` holds {kind_of(part)} as a part, wanted an object with `type`")
+            fix = 'Write it as {"type": "text", "text": "..."}.'
+            raise DataError(
+                f"`{key}` holds {kind_of(part)} as a part, wanted an object with `type`", fix=fix
+            )
         if part.get("type") != "text":
             fix = "Text is all that is trained: take the part out, or delete the row."
             raise DataError(f"`{key}` holds a part of type `{part.get('type')}`, wanted text", fix=fix)
@@ -313,7 +323,7 @@ def _tool_calls(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | Non
     if not calls:
         return None
     if not isinstance(calls, list | tuple):
-        raise DataError(f"`tool_calls` is {kind_of(calls)}, wanted a list")
+        raise DataError(f"`tool_calls` is {kind_of(calls)}, wanted a list", fix=CALL)
     return tuple(_tool_call(call) for call in calls)
 
 
@@ -327,17 +337,16 @@ def _tool_call(call: Any) -> Mapping[str, Any]:
     """One call in OpenAI's form. Arguments given as JSON text become an object, as servers pass them
     to templates; keys that Parquet filled with null are left out."""
     if not isinstance(call, Mapping):
-        raise DataError(f"a tool call is {kind_of(call)}, wanted an object")
+        raise DataError(f"a tool call is {kind_of(call)}, wanted an object", fix=CALL)
     given = {key: item for key, item in call.items() if item is not None}
     function = given.get("function", given)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(
-            "a tool call has no `function.name`", fix='Write {"function": {"name": ..., "arguments": ...}}.'
-        )
+        raise DataError("a tool call has no `function.name`", fix=CALL)
     arguments = function.get("arguments")
     arguments = {} if arguments in (None, "") else _from_json(arguments, "arguments")
     if not isinstance(arguments, Mapping):
-        raise DataError(f"`arguments` of `{function['name']}` is {kind_of(arguments)}, wanted an object")
+        problem = f"`arguments` of `{function['name']}` is {kind_of(arguments)}, wanted an object"
+        raise DataError(problem, fix=CALL)
     named = {"name": function["name"], "arguments": arguments}
     return {**({"id": given["id"]} if "id" in given else {}), "type": "function", "function": named}
 
@@ -348,7 +357,8 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:
     if value is not None and (
         not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value)
     ):
-        raise DataError(f"`tools` is {kind_of(value)}, wanted a list of objects")
+        fix = 'Write each as {"type": "function", "function": {"name": ..., "parameters": ...}}.'
+        raise DataError(f"`tools` is {kind_of(value)}, wanted a list of objects", fix=fix)
     return tuple(value) if value else None
 
 

@@ -22,7 +22,13 @@ KINDS = {
     list: "a list",
     tuple: "a list",
     dict: "an object",
+    bytes: "bytes",
 }
+
+
+# How Python prints a row.
+PYTHON = re.compile(r"\s*[\[{]\s*'")
+FLATTER = "Take the nesting out of the row, or write that part as text."
 
 
 def kind_of(value: Any) -> str:
@@ -54,14 +60,15 @@ def value_at(text: str, position: int) -> tuple[Any, int]:
     try:
         value, end = DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
-        raise DataError(_syntax(text, error), line=error.lineno) from None
+        raise DataError(_syntax(text, error), fix=_mend(text, error), line=error.lineno) from None
     except RecursionError:
-        raise DataError(f"it nests deeper than {DEEPEST} levels") from None
-    except ValueError as error:  # a number with more digits than Python reads
-        raise DataError(f"not JSON: {error}") from None
+        raise DataError(f"it nests deeper than {DEEPEST} levels", fix=FLATTER) from None
+    except ValueError:
+        fix = "Write it as text, or leave it out."
+        raise DataError("it holds a number of more digits than Python reads", fix=fix) from None
     piece = text[position:end]
     if piece.count("[") + piece.count("{") > DEEPEST and _depth(value) > DEEPEST:
-        raise DataError(f"it nests deeper than {DEEPEST} levels")
+        raise DataError(f"it nests deeper than {DEEPEST} levels", fix=FLATTER)
     if "\\ud" in piece or "\\uD" in piece:
         _refuse_half_characters(value)
     return value, end
@@ -70,9 +77,19 @@ def value_at(text: str, position: int) -> tuple[Any, int]:
 def _syntax(text: str, error: json.JSONDecodeError) -> str:
     near = text[error.pos : error.pos + 20].split("\n")[0].strip()
     found = f"`{near}`" if near else "the end"
-    hint = " (single quotes: this is Python's notation)" if re.match(r"\s*[\[{]\s*'", text) else ""
-    what = error.msg[:1].lower() + error.msg[1:]
+    hint = " (single quotes: this is Python's notation)" if PYTHON.match(text) else ""
+    what = (error.msg[:1].lower() + error.msg[1:]).removesuffix(" at")
     return f"not JSON: {what} at column {error.colno}, found {found}{hint}"
+
+
+def _mend(text: str, error: json.JSONDecodeError) -> str:
+    if PYTHON.match(text):
+        return "Write the rows with json.dumps, not with str or print."
+    if error.msg.startswith("Invalid control character"):
+        return f"Write it as \\u{ord(text[error.pos]):04x} inside a text, or take it out."
+    if text[error.pos : error.pos + 1] in ("}", "]") and text[: error.pos].rstrip().endswith(","):
+        return "Take the comma before it away."
+    return "Mend it there, or write the rows again with a JSON library."
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,7 +151,8 @@ class ListWalk:
                 items, end = self._only_list(start)
             else:
                 value = one_value(self.text)
-                raise DataError(f"the file is {kind_of(value)}, wanted a list of objects")
+                fix = "Write the rows as a list of objects, or one object a line as .jsonl."
+                raise DataError(f"the file is {kind_of(value)}, wanted a list of objects", fix=fix)
             self.position = skip_space(self.text, end)
             if self.position != len(self.text):
                 raise DataError("text follows the end of the list", fix="Keep one list in the file.")
@@ -175,7 +193,8 @@ class ListWalk:
         found = self.text[position : position + 1]
         if found not in (",", "]"):
             what = f"`{found}`" if found else "the end of the file: it is cut off"
-            raise DataError(f"not JSON: wanted `,` or `]`, found {what}")
+            fix = "Mend it there, or write the file again."
+            raise DataError(f"not JSON: wanted `,` or `]`, found {what}", fix=fix)
         return position
 
     def _only_list(self, start: int) -> tuple[list[tuple[int, Any]], int]:

@@ -43,6 +43,9 @@ CSV_HEADER = re.compile(r'"?[\w .-]+"?(?:[,;\t]"?[\w .-]+"?)+')
 WHOLE_LIST = re.compile(r'\[$|\[\s*\{(?!\s*"(?:role|from|content|value)")')
 
 
+CUT_OFF = re.compile("not JSON: unterminated|found the end$")
+
+
 def scan_file(source: str) -> Iterator[Found]:
     """(line, value) of each row, and a DataError with its line for each that cannot be read.
 
@@ -107,6 +110,9 @@ def _refuse_foreign(head: bytes, source: str) -> None:
             what, command = kind, convert
             break
     else:
+        # A file that was made longer and never written, as after a crash.
+        if head and not head.strip(b"\0"):
+            raise DataError("it begins with zeros: it was not written", fix="Make it again.", path=source)
         # Text of one-byte characters in UTF-16 has a zero in every other byte.
         if b"\0" not in head[:2]:
             return
@@ -130,7 +136,10 @@ def _lines(path: Path, source: str) -> Iterator[Found]:
                 yield line, _row(one_value(_decoded(raw)))
             except DataError as error:
                 problem, fix = error.problem, error.fix
-                if not raw.endswith(b"\n") and problem.startswith("not JSON"):
+                if b"\r" in raw.strip() and problem.startswith("not JSON"):
+                    problem = "its lines end as on old Macs, in a carriage return alone"
+                    fix = f"Convert it: `tr '\\r' '\\n' < {source} > NEW`."
+                elif not raw.endswith(b"\n") and CUT_OFF.search(problem):
                     problem = f"the last line is cut off ({problem})"
                     fix = "Write the file again, or delete its last line."
                 yield DataError(problem, fix=fix, path=source, line=line)
@@ -264,7 +273,8 @@ def _parquet(path: Path, source: str) -> Iterator[Found]:
             yield from enumerate((value for batch in batches for value in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"it cannot be read as Parquet: {reason}", path=source) from None
+        fix = "Copy it again, or write it again as Parquet or .jsonl."
+        raise DataError(f"it cannot be read as Parquet: {reason}", fix=fix, path=source) from None
 
 
 def _hub(source: str, name: str, split: str) -> Iterator[Found]:

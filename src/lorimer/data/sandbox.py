@@ -32,6 +32,7 @@ SOURCE_LIMIT = 256 * 1024
 OUTPUT_LIMIT = 1_000_000  # characters of one text, or four times what went in if that is more
 BUILT_LIMIT = 64  # times that: characters of all texts built on the way
 SECONDS = 2.0
+ANOTHER = "Mend the template, or give another as `data.chat_template`."
 # Filters that can build a huge value from a small number; no chat needs them.
 DROPPED_FILTERS = (
     *("center", "wordwrap", "batch", "slice", "filesizeformat", "pprint", "urlize", "random", "sum"),
@@ -290,7 +291,7 @@ class CompiledTemplate:
     def __init__(self, source: str) -> None:
         if len(source) > SOURCE_LIMIT:
             raise TemplateError(
-                f"the chat template has {len(source):,} characters (at most {SOURCE_LIMIT:,})"
+                f"the chat template has {len(source):,} characters (at most {SOURCE_LIMIT:,})", fix=ANOTHER
             )
         _BUDGET.start(OUTPUT_LIMIT)
         try:
@@ -298,12 +299,14 @@ class CompiledTemplate:
                 self._template = ENVIRONMENT.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
-                f"the chat template is not valid, line {error.lineno}: {error.message}"
+                f"the chat template is not valid, line {error.lineno}: {error.message}", fix=ANOTHER
             ) from error
         except _TooSlow:
-            raise TemplateError(f"the chat template took longer than {SECONDS:g} s to compile") from None
+            raise TemplateError(
+                f"the chat template took longer than {SECONDS:g} s to compile", fix=ANOTHER
+            ) from None
         except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own limits on nesting
-            raise TemplateError("the chat template nests too deeply") from error
+            raise TemplateError("the chat template nests too deeply", fix=ANOTHER) from error
 
     def render_marked(
         self, variables: Mapping[str, Any], *, place: str = ""
@@ -331,13 +334,15 @@ class CompiledTemplate:
                         raise _Limit(f"its output is longer than {limit:,} characters")
                     parts.append(part)
         except _TooSlow:
-            raise TemplateError(f"{where}the chat template took longer than {SECONDS:g} s") from None
+            problem = f"{where}the chat template took longer than {SECONDS:g} s"
+            raise TemplateError(problem, fix=ANOTHER) from None
         except _Limit as error:
-            raise TemplateError(f"{where}the chat template was stopped: {error}") from None
+            raise TemplateError(f"{where}the chat template was stopped: {error}", fix=ANOTHER) from None
         except RecursionError:
-            raise TemplateError(f"{where}the chat template calls itself too often") from None
+            raise TemplateError(f"{where}the chat template calls itself too often", fix=ANOTHER) from None
         except jinja2.exceptions.SecurityError as error:
-            raise TemplateError(f"{where}the chat template tried what it may not: {error}") from None
+            problem = f"{where}the chat template tried what it may not: {error}"
+            raise TemplateError(problem, fix=ANOTHER) from None
         except Exception as error:
             line = _line(error, self._template)
             raise TemplateError(

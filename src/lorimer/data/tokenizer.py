@@ -9,6 +9,7 @@ a message is not, so it is tokenised as the ordinary text it is. Everything else
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import secrets
@@ -26,6 +27,9 @@ from lorimer.errors import BaseError
 Json = dict[str, Any]
 LIBRARY_CLASS = "PreTrainedTokenizerFast"
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
+
+
+SAVE = "Save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,13 @@ class Tokenizer:
     """Made by `from_base`, `from_json` or `from_gguf`. Ids are those of the tokenizers library."""
 
     def __init__(self, text: str, config: Mapping[str, Any]) -> None:
+        described = _described(text)
+        if described["model"].pop("dropout", None) is not None:  # BPE's cuts a text otherwise each time
+            text = json.dumps(described)
         try:
             self._plain = tokenizers.Tokenizer.from_str(text)
-            described: Json = json.loads(text)
         except Exception as error:  # the library raises plain Exception
-            raise BaseError(f"the tokenizer cannot be read: {error}") from error
+            raise BaseError(f"the tokenizer cannot be read: {error}", fix=SAVE) from error
         # Truncation and padding of a saved tokenizer would cut rows in silence.
         self._plain.no_truncation()
         self._plain.no_padding()
@@ -110,16 +116,21 @@ class Tokenizer:
     def from_base(cls, base: BaseFiles) -> Tokenizer:
         """The tokenizer of a base. Raises BaseError if it has none."""
         made = None
-        if base.tokenizer_json is not None:
-            made = cls(base.tokenizer_json, base.tokenizer_config)
-        elif base.gguf_metadata is not None:
-            made = cls.from_gguf(base.gguf_metadata)
+        try:
+            if base.tokenizer_json is not None:
+                made = cls(base.tokenizer_json, base.tokenizer_config)
+            elif base.gguf_metadata is not None:
+                made = cls.from_gguf(base.gguf_metadata)
+        except BaseError as error:
+            file = base.path if base.kind == "gguf" else base.path / "tokenizer.json"
+            fix = "Download the file again." if base.kind == "gguf" and error.fix == SAVE else error.fix
+            raise BaseError(error.problem, fix=fix, path=file) from error
         if made is not None:
             made.more_eos_ids = tuple(base.eos_token_ids())
             return made
         raise BaseError(
             "tokenizer.json is missing",
-            fix="Save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER).",
+            fix=SAVE,
             path=base.path,
         )
 
@@ -364,6 +375,25 @@ class Stream:
         """Whether a run of byte tokens is still open: one bad byte would change all of its text."""
         words = (number for number in reversed(self._ids) if not self._tokenizer.is_special(number))
         return next(words, None) in self._tokenizer.byte_ids
+
+
+def _described(text: str) -> Json:
+    """tokenizer.json as a value. Raises BaseError.
+
+    The library ends with a panic on a table of characters that is none, so that is looked at here.
+    """
+    try:
+        described = json.loads(text)
+        if not isinstance(described, dict) or not isinstance(described.get("model"), dict):
+            raise ValueError("it is not an object with a `model`")
+        for step in _steps(described.get("normalizer"), "normalizers"):
+            if step.get("type") == "Precompiled":
+                table = base64.b64decode(str(step.get("precompiled_charsmap")), validate=True)
+                if not 4 < 4 + int.from_bytes(table[:4], "little") <= len(table):
+                    raise ValueError("`precompiled_charsmap` is cut short")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BaseError(f"the tokenizer cannot be read: {error}", fix=SAVE) from error
+    return described
 
 
 def _byte_ids(described: Json) -> frozenset[int]:

@@ -345,7 +345,10 @@ def gate(scores: Scores, expression: str) -> str:
     Returns one line that says it passed. Raises GateError if it did not, ConfigError for a metric
     that was not measured or an expression that makes no sense.
     """
-    name, sign, wanted = _read_gate(scores, expression)
+    name, sign, wanted = read_gate(expression)
+    if name not in scores.metrics:
+        measured = ", ".join(scores.metrics)
+        raise ConfigError(f"there is no metric `{name}` here", fix=f"Measured were: {measured}.")
     value, lower = scores.metrics[name], sign == "<="
     bound = f"{'at most' if lower else 'at least'} {wanted:g}"
     # Six digits are what is printed: a value that looks equal to the bound passes.
@@ -355,7 +358,8 @@ def gate(scores: Scores, expression: str) -> str:
     return f"{name} is {value:.6g} (wanted: {bound}): passed"
 
 
-def _read_gate(scores: Scores, expression: str) -> tuple[str, str, float]:
+def read_gate(expression: str) -> tuple[str, str, float]:
+    """A gate's metric, `>=` or `<=`, and its bound. Raises ConfigError before anything is measured."""
     name, sign, text = expression, "", ""
     for candidate in (">=", "<=", "="):
         if candidate in expression:
@@ -369,9 +373,8 @@ def _read_gate(scores: Scores, expression: str) -> tuple[str, str, float]:
     if not math.isfinite(wanted):
         problem = f"`{expression}` is not a metric and a number"
         raise ConfigError(problem, fix="Write METRIC=NUMBER, for example exact_match=0.75.")
-    if name not in scores.metrics:
-        measured = ", ".join(scores.metrics)
-        raise ConfigError(f"there is no metric `{name}` here", fix=f"Measured were: {measured}.")
+    if name not in METRICS:
+        raise ConfigError(f"there is no metric `{name}`", fix=f"There are: {', '.join(METRICS)}.")
     metric = METRICS[name]
     right = "<=" if metric.lower_is_better else ">="
     if sign not in ("=", right):

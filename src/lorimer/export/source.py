@@ -17,7 +17,7 @@ from lorimer.data.tokenizer import Tokenizer
 from lorimer.errors import AdapterError
 from lorimer.export.vocabulary import vocabulary_entries
 from lorimer.generate.model import adapter_folder, base_of, trained_quant
-from lorimer.lora.adapter import AdapterFiles, alpha_of, check_base, is_adapter, read_adapter
+from lorimer.lora.adapter import AdapterFiles, alpha_of, check_base, is_adapter, read_adapter, read_template
 from lorimer.lora.layers import LoraSpec
 from lorimer.lora.merge import embedding_name, head_name
 from lorimer.model.families import read_spec
@@ -73,8 +73,8 @@ def open_source(what: str, *, base: str | None = None, force: bool = False) -> S
         if not force:
             check_base(adapter, files.fingerprint())
         update = _update_of(adapter, files, spec)
-        own = adapter.path / "chat_template.jinja"
-        template = own.read_text(encoding="utf-8") if own.is_file() else template
+        own = read_template(adapter.path)
+        template = template if own is None else own
     name = Path(what).resolve().name or "model"
     return Source(
         name.removesuffix(".gguf"),

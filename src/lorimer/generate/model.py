@@ -19,13 +19,20 @@ from lorimer.data.conversation import Message, to_messages
 from lorimer.data.pack import make_pack
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.errors import AdapterError, UserError
+from lorimer.errors import AdapterError, TemplateError, UserError
 from lorimer.generate.engine import Answer, generate_ids
 from lorimer.generate.sampling import Sampling
-from lorimer.lora.adapter import AdapterFiles, attach_adapter, is_adapter, read_adapter
+from lorimer.lora.adapter import (
+    TEMPLATE,
+    AdapterFiles,
+    attach_adapter,
+    is_adapter,
+    read_adapter,
+    read_template,
+)
 from lorimer.lora.layers import Adapter, remove
 from lorimer.model.decoder import Decoder
-from lorimer.model.load import choose_place, load_decoder
+from lorimer.model.load import check_ids, choose_place, load_decoder
 from lorimer.model.loss import pack_losses
 from lorimer.model.spec import ModelSpec
 
@@ -193,9 +200,12 @@ class Model:
             tail = self.tokenizer.decode(tokens[-max(map(len, stops), default=0) - 8 :])
             return any(text in tail for text in stops)
 
+        given = [self.prompt_ids(p, settings.get("tools"), raw=settings.get("raw", False)) for p in prompts]
+        for number, ids in enumerate(given, 1):
+            check_ids(self.base, ids, f"prompt {number}")
         return generate_ids(
             self.decoder,
-            [self.prompt_ids(p, settings.get("tools"), raw=settings.get("raw", False)) for p in prompts],
+            given,
             max_new_tokens=settings.get("max_new_tokens", 256),
             sampling=sampling,
             eos_ids=self.eos_ids,
@@ -328,5 +338,8 @@ def trained_quant(adapter: Path | None) -> QuantConfig:
 
 def _adapter_template(files: AdapterFiles, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The template an adapter was trained with, if it keeps one."""
-    path = files.path / "chat_template.jinja"
-    return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer) if path.is_file() else None
+    source = read_template(files.path)
+    try:
+        return None if source is None else ChatTemplate(source, tokenizer)
+    except TemplateError as error:
+        raise TemplateError(error.problem, fix=error.fix, path=files.path / TEMPLATE) from error

@@ -36,7 +36,8 @@ class Sampling:
         }
         for name, (fine, wanted) in bounds.items():
             if not fine:
-                raise UserError(f"{name} is {getattr(self, name)} (wanted: {wanted})")
+                fix = "Leave it out for the usual choice."
+                raise UserError(f"{name} is {getattr(self, name)} (wanted: {wanted})", fix=fix)
 
 
 def row_key(seed: int, prompt: Sequence[int], occurrence: int) -> bytes:

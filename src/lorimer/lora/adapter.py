@@ -9,6 +9,7 @@ README.md, tokenizer files  so that the folder can be used on its own
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorimer.bases.json_object import COPY, unique
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.config import LoraConfig
 from lorimer.errors import AdapterError
@@ -26,7 +28,11 @@ from lorimer.lora.targets import Target, all_targets, select_targets
 from lorimer.model.decoder import Decoder
 from lorimer.storage import write_folder, write_tensors
 
+CHECK = "Check it against the adapter's original."
+# A repeated group, or several stretches of any length: such a pattern can try every way to cut a text.
+ENDLESS = re.compile(r"\)[*+{]|([*+}][^*+}]*){4}")
 WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "lorimer.json"
+TEMPLATE = "chat_template.jinja"
 PREFIX = "base_model.model."
 # What PEFT can do to a LoRA that would change its result and is not computed here.
 NOT_SUPPORTED = (
@@ -84,7 +90,9 @@ def read_adapter(path: Path) -> AdapterFiles:
     ours = _read_json(path / OURS, "an adapter's manifest") if (path / OURS).is_file() else {}
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise AdapterError(
-            f"the adapter is of the kind {config.get('peft_type')} (wanted: LORA)", path=path / CONFIG
+            f"the adapter is of the kind {config.get('peft_type')} (wanted: LORA)",
+            fix="Use it with the tool that made it, or train a LoRA adapter.",
+            path=path / CONFIG,
         )
     used = [name for name in NOT_SUPPORTED if config.get(name)]
     if used:
@@ -95,19 +103,61 @@ def read_adapter(path: Path) -> AdapterFiles:
         )
     if not (path / WEIGHTS).is_file():
         pickled = " (adapter_model.bin is a pickle and is not read)" * (path / "adapter_model.bin").exists()
-        raise AdapterError(f"{WEIGHTS} is missing{pickled}", path=path)
+        fix = "Save it as safetensors where you trust it." if pickled else "Copy the folder again, whole."
+        raise AdapterError(f"{WEIGHTS} is missing{pickled}", fix=fix, path=path)
+    _check_settings(config, ours, path)
     file = SafetensorsFile(path / WEIGHTS)
+    for name, entry in file.tensors.items():
+        if not entry.dtype.startswith(("F", "BF")):
+            raise AdapterError(
+                f"`{name}` is {entry.dtype} (wanted: floating-point numbers)", fix=COPY, path=path / WEIGHTS
+            )
+        if 0 in entry.shape:
+            raise AdapterError(
+                f"`{name}` has the shape {list(entry.shape)}, a rank of 0", fix=COPY, path=path / WEIGHTS
+            )
     tensors = {name: file.tensor(name) for name in file.tensors}
     stray = [name for name in tensors if not name.startswith(PREFIX)]
     if stray or not tensors:
         what = f"`{stray[0]}` is not a name that PEFT writes" if stray else "it holds no tensors"
-        raise AdapterError(f"the adapter's weights cannot be used: {what}", path=path / WEIGHTS)
+        fix = "Save the adapter with PEFT's save_pretrained."
+        raise AdapterError(f"the adapter's weights cannot be used: {what}", fix=fix, path=path / WEIGHTS)
     named = _unstacked(path, config, {name.removeprefix(PREFIX): t for name, t in tensors.items()})
     named = {name.replace(".base_layer.", "."): t for name, t in named.items()}
     bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise AdapterError(f"`{bad[0]}` holds NaN or infinity", path=path / WEIGHTS)
+        fix = "Copy it again; if it was trained so, train it with a lower learning rate."
+        raise AdapterError(f"`{bad[0]}` holds NaN or infinity", fix=fix, path=path / WEIGHTS)
     return AdapterFiles(path, config, named, ours)
+
+
+def _check_settings(config: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
+    """Raise AdapterError for what later code takes to be of its kind."""
+    named = config.get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        problem = f"`base_model_name_or_path` is {named!r} (wanted: text)"
+        raise AdapterError(problem, fix=CHECK, path=path / CONFIG)
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        problem = f"`bias` is {config['bias']!r} (wanted: none, all or lora_only)"
+        raise AdapterError(problem, fix=CHECK, path=path / CONFIG)
+    base = ours.get("base", {})
+    if not isinstance(base, dict):
+        problem = f"`base` is {base!r} (wanted: an object)"
+        raise AdapterError(problem, fix=COPY, path=path / OURS)
+    for key in ("fingerprint", "path"):
+        if not isinstance(base.get(key) or "", str):
+            problem = f"`base.{key}` is {base[key]!r} (wanted: text)"
+            raise AdapterError(problem, fix=COPY, path=path / OURS)
+
+
+def read_template(path: Path) -> str | None:
+    """The chat template that an adapter folder keeps, if it keeps one. Raises AdapterError."""
+    file = path / TEMPLATE
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        fix = f"{COPY} If you wrote it, save it as UTF-8."
+        raise AdapterError(f"the chat template cannot be read: {error}", fix=fix, path=file) from error
 
 
 def _unstacked(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,7 +165,8 @@ def _unstacked(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]
     parameters, rank = config.get("target_parameters") or [], config.get("r")
     listed = isinstance(parameters, list) and all(isinstance(item, str) for item in parameters)
     if not listed or not isinstance(rank, int):
-        raise AdapterError("`target_parameters` and `r` cannot be used", path=path / CONFIG)
+        wanted = f"`target_parameters` is {parameters!r} and `r` is {rank!r} (wanted: names and a number)"
+        raise AdapterError(wanted, fix=CHECK, path=path / CONFIG)
     try:
         return unstack(tensors, parameters, rank) if parameters else tensors
     except ValueError as error:
@@ -124,15 +175,15 @@ def _unstacked(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError as error:
         raise AdapterError(
             f"{path.name} is missing", fix="Give an adapter folder as PEFT writes it.", path=path.parent
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{what} cannot be read: {error}", path=path) from error
+        raise AdapterError(f"{what} cannot be read: {error}", fix=COPY, path=path) from error
     if not isinstance(value, dict):
-        raise AdapterError(f"{what} should be a JSON object", path=path)
+        raise AdapterError(f"{what} should be a JSON object", fix=COPY, path=path)
     return value
 
 
@@ -153,7 +204,8 @@ def attach_adapter(
     if wanted != found:
         missing, extra = sorted(wanted - found), sorted(found - wanted)
         what = f"`{missing[0]}` is missing" if missing else f"`{extra[0]}` has no place in this model"
-        raise AdapterError(f"the adapter does not fit the base: {what}", path=files.path / WEIGHTS)
+        fix = f"It says that it was trained on {files.base}."
+        raise AdapterError(f"the adapter does not fit the base: {what}", fix=fix, path=files.path / WEIGHTS)
     for name, tensor in adapter.tensors.items():
         if tensor.shape != files.tensors[name].shape:
             raise _misfit(files, name, tuple(tensor.shape))
@@ -213,28 +265,31 @@ def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Targ
 
 def alpha_of(config: Mapping[str, Any], path: str) -> float:
     """PEFT's alpha_pattern: a key is the end of a path, or a pattern for it. Raises AdapterError."""
-    import re
-
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise AdapterError(f"`alpha_pattern` in {CONFIG} should be a JSON object")
+        raise AdapterError(f"`alpha_pattern` in {CONFIG} should be a JSON object", fix=CHECK)
     for pattern, value in patterns.items():
+        if ENDLESS.search(pattern) or len(pattern) > 500:
+            raise AdapterError(
+                f"`alpha_pattern` in {CONFIG} has a pattern that could take for ever: {pattern[:80]!r}",
+                fix="Name the modules, or give one pattern for each.",
+            )
         try:
             found = re.match(rf"(.*\.)?({pattern})$", path)
         except re.error as error:
             raise AdapterError(
-                f"`alpha_pattern` in {CONFIG} has no pattern: {pattern!r}: {error}"
+                f"`alpha_pattern` in {CONFIG} has no pattern: {pattern!r}: {error}", fix=CHECK
             ) from error
         if found:
             return _number(value, "alpha_pattern")
     if config.get("lora_alpha") is None:
-        raise AdapterError(f"{CONFIG} does not say `lora_alpha`")
+        raise AdapterError(f"{CONFIG} does not say `lora_alpha`", fix=CHECK)
     return _number(config["lora_alpha"], "lora_alpha")
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise AdapterError(f"`{name}` in {CONFIG} is {repr(value)[:40]} (wanted: a number)")
+        raise AdapterError(f"`{name}` in {CONFIG} is {repr(value)[:40]} (wanted: a number)", fix=CHECK)
     return float(value)
 
 

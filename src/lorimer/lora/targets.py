@@ -108,7 +108,10 @@ def _by_pattern(targets: list[Target], pattern: str) -> list[Target]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"`lora.target_modules: {pattern}` is not a valid pattern: {error}") from error
+        raise ConfigError(
+            f"`lora.target_modules: {pattern}` is not a valid pattern: {error}",
+            fix="Mend the pattern, or give a list of names: `lorimer config explain lora.target_modules`.",
+        ) from error
     chosen = [target for target in targets if compiled.fullmatch(target.path)]
     if not chosen:
         raise ConfigError(

@@ -9,6 +9,14 @@ from lorimer.model.spec import Activation, ModelSpec, RopeKind, RopeSpec
 
 Config = dict[str, Any]
 ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
+# What a scaling cannot be computed without.
+ROPE_NEEDS: dict[RopeKind, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 # Configs' names of activations.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -57,7 +65,8 @@ def check_sizes(config: Config) -> None:
         value = config.get(name)
         if value is None or (name == "sliding_window" and value is False):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+        if not fine or not 1 <= value <= most:
             raise ValueError(f"`{name}` is {value!r} (wanted: a whole number from 1 to {most:,})")
     for name in NUMBERS:
         value = config.get(name)
@@ -103,7 +112,11 @@ def with_defaults(config: Config, **values: Any) -> Config:
 
 def read_rope(config: Config, head_dim: int, positions: int) -> RopeSpec:
     """Both spellings: `rope_parameters` of newer configs, `rope_theta` + `rope_scaling` of older ones."""
-    settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    settings: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(given := config.get(name) or {}, dict):
+            raise ValueError(f"`{name}` is {given!r} (wanted: an object)")
+        settings |= given
     named = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
     settings.pop("type", None)
     kind = next((kind for kind in ROPE_KINDS if kind == named), None)
@@ -116,7 +129,21 @@ def read_rope(config: Config, head_dim: int, positions: int) -> RopeSpec:
         settings["original_max_position_embeddings"] = original
     elif kind in ("llama3", "yarn", "longrope"):
         settings.setdefault("original_max_position_embeddings", positions)
+    if not 0 < float(theta) < math.inf:
+        raise ValueError(f"`rope_theta` is {theta!r} (wanted: a number above 0)")
+    for name, value in settings.items():
+        if name in ROPE_NEEDS.get(kind, ()) and not _number_or_numbers(value):
+            raise ValueError(
+                f"`{name}` of the rope scaling `{kind}` is {value!r} (wanted: numbers above 0)"
+            )
+    if missing := [name for name in ROPE_NEEDS.get(kind, ()) if name not in settings]:
+        raise ValueError(f"the rope scaling `{kind}` does not say `{missing[0]}`")
     return RopeSpec(float(theta), int(head_dim * share), kind, positions, settings)
+
+
+def _number_or_numbers(value: Any) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(v, int | float) and type(v) is not bool and 0 < v < math.inf for v in values)
 
 
 def all_windows(config: Config, window: int | None) -> tuple[int | None, ...]:

@@ -436,7 +436,13 @@ ONE_HEAD_SIZE: Config = {"head_dim": None, "num_key_value_heads": None}
 
 def read_spec(config: Config, *, path: str) -> ModelSpec:
     """The ModelSpec of a base's config; BaseError for an architecture that is not known."""
-    named = str(config.get("model_type"))
+    if config.get("model_type") is None:
+        raise BaseError(
+            "the model's config does not say `model_type`",
+            fix="Check config.json against the model's original.",
+            path=path,
+        )
+    named = str(config["model_type"])
     family = FAMILIES.get(named)
     if family is None:
         near = difflib.get_close_matches(named, FAMILIES, 1)

@@ -9,8 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from lorimer.quant.storage import is_finite, keep, numbers, quantise
 
 NOT_QUANTISED = QuantConfig()
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NOT_NUMBERS = ("I64", "I32", "I16", "BOOL")
 STRETCH = 1 << 21  # numbers of a weight that are float32 at once while it is read
 
 
@@ -43,6 +45,17 @@ class Place(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
+
+
+def check_ids(base: BaseFiles, ids: Sequence[int] | np.ndarray[Any, Any], place: str) -> None:
+    """Raise BaseError, naming the text at `place`, for a token that the embedding has no row for."""
+    rows, last = base.config.get("vocab_size"), int(np.asarray(ids).max(initial=0))
+    if isinstance(rows, int) and last >= rows:
+        raise BaseError(
+            f"{place}: the tokenizer gives the id {last:,}, and the embedding has {rows:,} rows",
+            fix="The tokenizer is another model's, or had tokens added that the model was never given.",
+            path=base.path,
+        )
 
 
 def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
@@ -56,8 +69,8 @@ def choose_place(device: str = "auto", dtype: str = "auto") -> Place:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"the device `{device}` cannot be used on this machine",
-            fix="Use `cpu`, or see what `lorimer doctor` finds.",
+            f"the device `{device}` cannot be used on this machine (`train.device`)",
+            fix="Wanted: auto, cpu, cuda, cuda:1 or mps; `lorimer doctor` says what is here.",
         ) from error
     if dtype == "auto":
         if chosen.type == "cuda":
@@ -247,7 +260,14 @@ class FileReader(Reader):
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.base.tensors:
-            raise BaseError(f"the weight `{name}` is missing", path=self.base.path)
+            fix = "A file of the base was not copied, or its config is another model's."
+            raise BaseError(f"the weight `{name}` is missing", fix=fix, path=self.base.path)
+        if self.base.tensors[name].dtype in NOT_NUMBERS:
+            raise BaseError(
+                f"the weight `{name}` is {self.base.tensors[name].dtype} (wanted: floating-point numbers)",
+                fix="Get the model as safetensors from where it was published.",
+                path=self.base.path,
+            )
         found = stored_shape(self.base, self.spec, name)
         if found != shape:
             raise BaseError(
@@ -297,7 +317,9 @@ class FileReader(Reader):
 
     def _not_finite(self, name: str) -> BaseError:
         return BaseError(
-            f"the weight `{name}` holds NaN or infinity, which cannot be quantised", path=self.base.path
+            f"the weight `{name}` holds NaN or infinity, which cannot be quantised",
+            fix="Copy or download the base again.",
+            path=self.base.path,
         )
 
     def quantises(self, names: list[str]) -> bool:

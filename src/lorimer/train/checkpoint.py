@@ -11,16 +11,19 @@ Order, learning rate and dropout are functions of (seed, step), so they need no 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.errors import ConfigError, StorageError
 from lorimer.lora.adapter import read_adapter
 from lorimer.lora.layers import Adapter
-from lorimer.run import RunFolder
+from lorimer.run import STEP, RunFolder
 from lorimer.storage import remove_folder, verify_folder, write_folder, write_tensors
 from lorimer.train.optimizer import Optimizer
 
@@ -86,8 +89,13 @@ def newest_checkpoint(run: RunFolder, say: Callable[[str], None]) -> Path | None
 
 
 def read_progress(path: Path) -> Progress:
-    """The state of a verified checkpoint. Raises ConfigError for one of another format."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    """The state of a verified checkpoint. Raises ConfigError for one of another format or without sense."""
+    try:
+        state: Any = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _unusable(path / STATE, f"it is not JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise _unusable(path / STATE, "it is not a JSON object")
     found = state.pop("format", None)
     if found != FORMAT or not set(state) <= {item.name for item in fields(Progress)}:
         raise ConfigError(
@@ -95,7 +103,32 @@ def read_progress(path: Path) -> Progress:
             fix="Resume it with the version of lorimer that wrote it.",
             path=path,
         )
-    return Progress(**state)
+    progress = Progress(**state)
+    for item in fields(Progress):
+        value = getattr(progress, item.name)
+        if not _fits(value, str(item.type)):
+            raise _unusable(path / STATE, f"`{item.name}` is {value!r} (wanted: {item.type})")
+    if progress.step != int(STEP.fullmatch(path.name)[1]):  # type: ignore[index]  # so it was found
+        raise _unusable(path / STATE, f"`step` is {progress.step}, and the folder is {path.name}")
+    return progress
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value of JSON is what a field of Progress holds; numbers count up from 0."""
+    if value is None:
+        return kind.endswith("None")
+    if kind.startswith("str"):
+        return isinstance(value, str)
+    kinds = (int, float) if kind.startswith("float") else (int,)
+    return type(value) in kinds and (kind.startswith("float") or value >= 0) and math.isfinite(value)
+
+
+def _unusable(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint cannot be used: {what}",
+        fix="Delete its folder: the run goes on from the one before it, or begins again.",
+        path=path,
+    )
 
 
 def restore(path: Path, adapter: Adapter, optimizer: Optimizer) -> None:
@@ -106,5 +139,15 @@ def restore(path: Path, adapter: Adapter, optimizer: Optimizer) -> None:
     for name, tensor in kept.items():
         adapter.take(name, tensor)
     adapter.refresh()
-    state = SafetensorsFile(path / OPTIMIZER)
-    optimizer.restore({name: state.tensor(name) for name in state.tensors})
+    file = SafetensorsFile(path / OPTIMIZER)
+    state = {name: file.tensor(name) for name in file.tensors}
+    for name, wanted in optimizer.state().items():
+        found = state.get(name)
+        if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
+            what = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
+            raise _unusable(
+                path / OPTIMIZER, f"`{name}` {what} (wanted: {wanted.dtype} {list(wanted.shape)})"
+            )
+        if not torch.isfinite(found).all():
+            raise _unusable(path / OPTIMIZER, f"`{name}` holds NaN or infinity")
+    optimizer.restore(state)

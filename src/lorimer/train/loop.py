@@ -52,7 +52,7 @@ from lorimer.lora.adapter import (
 from lorimer.lora.layers import LoraDropout
 from lorimer.lora.targets import describe_targets, select_targets
 from lorimer.machine import look, memory
-from lorimer.model.load import choose_place, load_decoder
+from lorimer.model.load import check_ids, choose_place, load_decoder
 from lorimer.model.loss import pack_losses
 from lorimer.run import RunFolder, create_run
 from lorimer.storage import check_space, check_writable, verify_folder, write_file
@@ -166,6 +166,21 @@ def _steps(session: Session, stop: Stop) -> RunResult:
         raise session.interrupted() from None
 
 
+def _begun(resumed: RunFolder | None) -> datetime | None:
+    """When a run that goes on was begun, if it says. Raises ConfigError for a time that is none."""
+    begun = resumed.read_record().get("started") if resumed else None
+    try:
+        return datetime.strptime(begun, STAMP) if begun else None
+    except (TypeError, ValueError) as error:
+        assert resumed is not None
+        fix = (
+            "Write the time as 2026-01-31T12:00:00+0000: a chat template may put the day into each prompt."
+        )
+        raise ConfigError(
+            f"`started` is {begun!r}, which is no time", fix=fix, path=resumed.record
+        ) from error
+
+
 class Session:
     """What a run holds while it goes: base, adapter, stream of steps, optimizer, records."""
 
@@ -184,9 +199,10 @@ class Session:
         tokenizer = Tokenizer.from_base(self.base)
         self.template = ChatTemplate(self._template_source(), tokenizer)
         # A template may write the day into each prompt: a run that goes on keeps the day it was begun on.
-        begun = resumed.read_record().get("started") if resumed else None
-        self.template.now = datetime.strptime(begun, STAMP) if begun else datetime.now().astimezone()
+        self.template.now = _begun(resumed) or datetime.now().astimezone()
         self.data: Prepared = prepare(config.data, self.template, seed=config.train.seed)
+        for example in self.data.train + self.data.valid:
+            check_ids(self.base, example.ids, example.place)
         self.stream = StepStream(
             rows=len(self.data.train),
             batch_size=config.train.batch_size,
@@ -273,7 +289,8 @@ class Session:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the chat template cannot be read: {error}", path=path) from error
+            fix = "Save it as UTF-8, or give another `data.chat_template`."
+            raise ConfigError(f"the chat template cannot be read: {error}", fix=fix, path=path) from error
 
     def _put_adapter(self) -> None:
         """A fresh adapter, or the one that `lora.adapter` names to start from."""

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from lorimer.config import RunConfig
+from lorimer.data.conversation import Conversation
 from lorimer.data.near import near_prompts
 from lorimer.data.pack import Pack, split_into_packs
 from lorimer.data.prepare import Prepared
 from lorimer.data.template import ChatTemplate, Example
-from lorimer.errors import PreflightError, UserError
+from lorimer.errors import BaseError, PreflightError, UserError
 from lorimer.generate.model import Model
 from lorimer.lora.layers import Adapter
 from lorimer.lora.stacked import is_expert, parameter_of
+from lorimer.model.load import read_weight
 from lorimer.model.loss import pack_loss, pack_losses
 
 # Rows that are computed with, and the most tokens of each: a check takes a second, not a minute.
@@ -165,7 +167,24 @@ def _trained(subject: Subject) -> str:
             f"{len(empty):,} rows have no trained token: {_places(empty)}",
             "Look at them with `lorimer data show`.",
         )
+    tokenizer = subject.model.tokenizer
+    seen = [(talk, examples) for talk, examples in subject.data.looked_at if _answers(talk)]
+    if seen and not any(
+        tokenizer.decode(example.ids[example.trained].tolist()).strip()
+        for _, each in seen
+        for example in each
+    ):
+        raise _Failed(
+            f"the chat template leaves the answers out: of {_places(talk.place for talk, _ in seen)} only "
+            "the end is trained",
+            "Give a template that writes each message's `content` as `data.chat_template`.",
+        )
     return f"each of {len(rows):,} rows has trained tokens"
+
+
+def _answers(talk: Conversation) -> bool:
+    """Whether a chat has an answer in words."""
+    return any(turn.role == "assistant" and turn.content.strip() for turn in talk.messages)
 
 
 def _end_of_turn(subject: Subject) -> str:
@@ -243,6 +262,8 @@ def _apart(one: Tensor, other: Tensor, dtype: torch.dtype) -> float | None:
 def _packing(subject: Subject) -> str:
     packed = subject.losses(subject.packs(together=True))
     alone = subject.losses(subject.packs(together=False, share=False))
+    if not torch.isfinite(alone).all():
+        raise _without_numbers(subject.model)
     apart = _apart(packed, alone, subject.model.decoder.dtype)
     if apart is not None:
         raise _Failed(
@@ -250,6 +271,19 @@ def _packing(subject: Subject) -> str:
             "Set `data.pack: false`, and report this: it is a bug.",
         )
     return f"{len(packed):,} losses are the same packed and alone"
+
+
+def _without_numbers(model: Model) -> BaseError:
+    """That the base computes nothing, and the first weight that is to blame."""
+    spec, base = model.spec, model.base
+    weights = (name for name in base.tensors if name.endswith(".weight"))
+    bad = next((name for name in weights if not read_weight(base, spec, name).isfinite().all()), None)
+    return BaseError(
+        "the base's losses are not numbers"
+        + (f": its weight `{bad}` holds NaN or infinity" if bad else ""),
+        fix="Copy or download the base again.",
+        path=base.path,
+    )
 
 
 def _start(subject: Subject) -> str:

@@ -67,7 +67,7 @@ def _looked_at(name: str, check: Callable[[], str]) -> Part:
         return Part(name, str(damage))
     except LorimerError as error:
         return Part(name, error.problem)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return Part(name, f"it cannot be read: {error}")
 
 
@@ -90,13 +90,14 @@ def _metrics(run: RunFolder) -> str:
         try:
             value = json.loads(line)
             step, loss = value["step"], value.get("loss", 0.0)
-        except (ValueError, KeyError, TypeError) as error:
+            finite = math.isfinite(loss)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _Damaged(f"line {number} cannot be read") from error
         if "loss" in value:
             if step != last + 1:
                 raise _Damaged(f"line {number} is step {step} (wanted: {last + 1})")
             last = step
-        if not math.isfinite(loss):
+        if not finite:
             raise _Damaged(f"line {number} has the loss {loss}")
     saved = max(run.saved_steps(), default=0)
     if last < saved:
