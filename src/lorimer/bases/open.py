@@ -49,6 +49,7 @@ class BaseFiles(ABC):
     gguf_metadata: dict[str, Any] | None = None
     chat_template: str | None = None
     generation_config: dict[str, Any]
+    brings_code = False  # its config names code in its own folder, which is never run
 
     @abstractmethod
     def raw(self, name: str) -> Bytes:
@@ -133,6 +134,7 @@ class FolderBase(BaseFiles):
         self.path = path
         whole = self._json("config.json", required=True)
         self.config = {key: value for key, value in text_part(whole).items() if key not in IGNORED}
+        self.brings_code = "auto_map" in whole
         self.generation_config = self._json("generation_config.json")
         self.tokenizer_config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
         self.tokenizer_json = self._text("tokenizer.json")

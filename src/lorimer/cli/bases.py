@@ -119,7 +119,7 @@ def _base_lines(facts: Facts) -> list[tuple[str, str]]:
         ("heads", facts["heads"]),
         ("parameters", f"{facts['parameters']:,}"),
         ("", _parts(facts["parts"]) if facts["parts"] else None),
-        ("runs", "natively" if facts["native"] else f"not natively: {facts['why']}"),
+        ("runs", "natively" if facts["native"] else facts["slower"] or f"not: {facts['why']}"),
         ("weights", f"{facts['format']}, {size(facts['bytes'])}: {types}"),
         ("tokenizer", facts["tokenizer"] or "none"),
         ("chat template", "yes" if facts["chat_template"] else "no"),

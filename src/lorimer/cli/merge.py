@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorimer.data.template import Example
     from lorimer.evaluate.agreement import Agreement
     from lorimer.generate.model import Model
+    from lorimer.lora.merge import MergeReport
 
 SHORT = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 WAYS = ("dequantised", "original")
@@ -52,10 +53,11 @@ def merge(
     loaded there are two to add it to; both are compared with the model as it was trained.
     """
     from lorimer.errors import AdapterError, UserError
-    from lorimer.evaluate.facts import short_path
     from lorimer.generate.model import load
     from lorimer.lora.merge import check_target
     from lorimer.lora.merge import merge as write_merged
+    from lorimer.lora.merge_foreign import merge_foreign
+    from lorimer.model.foreign_decoder import ForeignDecoder
     from lorimer.model.load import NOT_QUANTISED
 
     if into not in ("auto", *WAYS):
@@ -69,6 +71,17 @@ def merge(
     extra = model.tokenizer.files() | {"chat_template.jinja": model.template.source.encode("utf-8")}
     chosen = dtype_of(model.base) if dtype == "auto" else dtype
     check_target(out, chosen)
+    if isinstance(model.decoder, ForeignDecoder):
+        if into == "original" and model.quant.kind != "none":
+            raise UserError(
+                "--into original is for bases that lorimer's own decoder computes",
+                fix="Leave it out: the update goes into the weights it was trained on.",
+            )
+        report = merge_foreign(
+            *(model.base, model.decoder, model.adapter, out), dtype=chosen, extra_files=extra
+        )
+        _say(report)
+        return
     way = "original"
     if model.quant.kind not in ("none", "keep"):
         way = _way(model, _examples(model, adapter, data), into, chosen, force)
@@ -78,6 +91,12 @@ def merge(
         quant=model.quant if way == "dequantised" else NOT_QUANTISED,
         extra_files=extra,
     )
+    _say(report)
+
+
+def _say(report: MergeReport) -> None:
+    from lorimer.evaluate.facts import short_path
+
     typer.echo(
         f"{short_path(report.path)}: {report.tensors} tensors, {report.bytes / 1e6:,.0f} MB, {report.dtype}"
     )

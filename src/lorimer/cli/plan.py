@@ -119,6 +119,7 @@ def _rows(config: Any) -> tuple[Any, Load]:
     from lorimer.data.prepare import prepare
     from lorimer.data.template import ChatTemplate
     from lorimer.data.tokenizer import Tokenizer
+    from lorimer.model.families import why_not_native
     from lorimer.train.plan import load_of, stream_steps
 
     base = open_base(resolve_base(config.base))
@@ -126,7 +127,8 @@ def _rows(config: Any) -> tuple[Any, Load]:
     data = prepare(config.data, template, seed=config.train.seed)
     steps = stream_steps(config, len(data.train))
     answered = min(len(data.test), config.evaluate.rows or len(data.test))
-    return base, load_of(config, data.train, steps=steps, share=not config.lora.dropout, answered=answered)
+    share = not config.lora.dropout and why_not_native(base.config) is None
+    return base, load_of(config, data.train, steps=steps, share=share, answered=answered)
 
 
 # --- what is shown --------------------------------------------------------------------------------

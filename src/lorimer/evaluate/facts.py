@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorimer.run import RunFolder
+
 if TYPE_CHECKING:
     from lorimer.evaluate.run import Change
 
@@ -51,6 +53,7 @@ def facts(info: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = f"{info['tokens']:,} tokens, {info['trained_tokens']:,} trained ({share:.0%})"
     return [
         ("base", f"{info['base']} ({info['architecture']}, {info['base_parameters'] / 1e6:,.0f} M)"),
+        *([("slower", info["slower"])] if info.get("slower") else []),
         *([("preset", ", ".join(info["preset"]))] if info.get("preset") else []),
         *(
             [("stored", quant_text(quant))]
@@ -87,9 +90,11 @@ def next_commands(path: Path, changes: Sequence[Change], *, proved: bool) -> lis
     commands = [f"lorimer chat {run}", f"lorimer generate {run} {shlex.quote(example)}"]
     if proved:
         commands.append(f"lorimer eval {run}")
+    # What transformers computes has no form there.
+    if not RunFolder(path).read_record().get("info", {}).get("slower"):
+        commands.append(f"lorimer export {run} --to gguf-lora  # for llama.cpp and Ollama")
     return [
         *commands,
-        f"lorimer export {run} --to gguf-lora  # for llama.cpp and Ollama",
         f"lorimer merge {run} --out {merged}",
         f"vllm serve {merged}  # after merge, where vLLM is installed",
         f"transformers serve {merged}  # after merge, with transformers[serving]",

@@ -14,13 +14,13 @@ from lorimer.bases.store import resolve_base
 from lorimer.config import QuantConfig
 from lorimer.data.template import ChatTemplate
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.errors import AdapterError
+from lorimer.errors import AdapterError, BaseError
 from lorimer.export.vocabulary import vocabulary_entries
 from lorimer.generate.model import adapter_folder, base_of, trained_quant
 from lorimer.lora.adapter import AdapterFiles, alpha_of, check_base, is_adapter, read_adapter, read_template
 from lorimer.lora.layers import LoraSpec
 from lorimer.lora.merge import embedding_name, head_name
-from lorimer.model.families import read_spec
+from lorimer.model.families import read_spec, why_not_native
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.bnb import stored_shape
 
@@ -65,6 +65,12 @@ def open_source(what: str, *, base: str | None = None, force: bool = False) -> S
     adapter = read_adapter(folder) if is_adapter(folder) else None
     wanted = base if base is not None else base_of(folder) if adapter else what
     files = open_base(resolve_base(wanted))
+    if why := why_not_native(files.config):
+        raise BaseError(
+            f"the architecture `{files.config.get('model_type')}` cannot be exported so: {why}",
+            fix="Its adapter is a PEFT folder as it is; `lorimer merge` writes one whole model.",
+            path=files.path,
+        )
     spec = read_spec(files.config, path=str(files.path))
     tokenizer = Tokenizer.from_base(files)
     template = files.chat_template

@@ -16,7 +16,6 @@ import torch
 
 from lorimer.errors import UserError
 from lorimer.generate.sampling import Sampling, choose, row_key
-from lorimer.model.cache import KVCache
 from lorimer.model.decoder import Decoder
 
 # Prompt tokens computed at once, to bound memory; and by how much a cache grows.
@@ -88,9 +87,7 @@ class _Batch:
         self.decoder, self.rows = decoder, answers
         longest = max(len(answer.prompt) for answer in answers)
         self.limit = max_new_tokens
-        self.cache = KVCache(
-            decoder.spec, len(answers), longest + CACHE_STEP, decoder.dtype, decoder.device
-        )
+        self.cache = decoder.new_cache(len(answers), longest + CACHE_STEP)
 
     def run(
         self,
@@ -138,9 +135,9 @@ class _Batch:
         lengths = [len(prompt) for prompt in prompts]
         device = self.decoder.device
         ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        hidden_TH = self.decoder.hidden(ids_T, lengths, cache=self.cache, cache_rows=members)
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return self.decoder.logits(hidden_TH[ends])
+        ends_M = torch.tensor(lengths, device=device).cumsum(0) - 1
+        hidden_MH = self.decoder.hidden(ids_T, lengths, cache=self.cache, cache_rows=members, only_M=ends_M)
+        return self.decoder.logits(hidden_MH)
 
     def _choice(
         self, logits_BV: torch.Tensor, sampling: Sampling

@@ -378,9 +378,11 @@ def _compact(paths: Sequence[str], decoder: Decoder) -> tuple[list[str], list[in
     names = sorted({target.name for target in targets if target.path in chosen})
     layers = sorted({target.layer for target in targets if target.path in chosen})
     product = {t.path for t in targets if t.name in names and t.layer in layers}
-    if product != chosen:
+    whole = len(layers) == len({target.layer for target in targets})
+    # PEFT's settings know no layer for what is outside of them, which is -1 here.
+    if product != chosen or (-1 in layers and not whole):
         return sorted(paths), None
-    return names, None if len(layers) == decoder.spec.layers else layers
+    return names, None if whole else layers
 
 
 def _parameters(paths: Sequence[str], decoder: Decoder) -> list[str]:

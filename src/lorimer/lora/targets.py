@@ -77,10 +77,11 @@ def _check_experts(targets: list[Target], chosen: list[Target]) -> None:
 
 def _by_module(targets: list[Target], wanted: str | Sequence[str]) -> list[Target]:
     names = sorted({target.name for target in targets})
-    if wanted == "all-linear":
-        return targets
-    if wanted in ("attention", "mlp"):
-        return [target for target in targets if target.group.attention == (wanted == "attention")]
+    if wanted in ("all-linear", "attention", "mlp"):
+        used = [target for target in targets if target.group.learns]
+        if wanted == "all-linear":
+            return used
+        return [target for target in used if target.group.attention == (wanted == "attention")]
     if isinstance(wanted, str):
         if wanted not in names:
             return _by_pattern(targets, wanted)

@@ -5,23 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from lorimer.errors import BaseError
-from lorimer.model.families import read_spec
+from lorimer.model.families import read_spec, why_not_native
+from lorimer.model.foreign import check_known, slower
 from lorimer.model.spec import ModelSpec
 
 
 def computed(config: dict[str, Any], path: str) -> dict[str, Any]:
-    """`native`: whether lorimer's own decoder runs it, `why` if not; `parts`: numbers by part."""
+    """`native`: whether lorimer's own decoder runs it; `slower`: what is said of one that runs through
+    transformers; `why`: why neither does; `parts`: numbers by part."""
+    facts = {"native": False, "slower": None, "why": None, "parts": None, "heads": None}
     try:
+        if why := why_not_native(config):
+            check_known(config, why, path=path)
+            return facts | {"slower": slower(config, why)}
         spec = read_spec(config, path=path)
     except BaseError as error:
-        return {"native": False, "why": error.problem, "parts": None, "heads": None}
+        return facts | {"why": f"{error.problem}. {error.fix or ''}".rstrip()}
     turning = f"{spec.heads} of {spec.head_dim}"
-    return {
-        "native": True,
-        "why": None,
-        "parts": parts(spec),
-        "heads": turning if spec.kv_heads == spec.heads else f"{turning}, {spec.kv_heads} for keys",
-    }
+    heads = turning if spec.kv_heads == spec.heads else f"{turning}, {spec.kv_heads} for keys"
+    return facts | {"native": True, "parts": parts(spec), "heads": heads}
 
 
 def parts(spec: ModelSpec) -> dict[str, int]:

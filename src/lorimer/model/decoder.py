@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorimer.kernels import dispatch, products
 from lorimer.kernels.dispatch import Gate, HeadNorms, Heads, Scores, Turn
+from lorimer.kernels.native.library import computes
 from lorimer.model.attention import PackRows, attend, attend_cache
 from lorimer.model.cache import KVCache
 from lorimer.model.experts import mixture
@@ -48,6 +49,7 @@ class Decoder:
     positions: Table | None = None
     adapted: bool = True
     recompute: str = "none"  # a rung of recompute.py
+    slower: str | None = None  # why transformers computes it, in words; None for this decoder
     _gate: Gate = field(init=False)
     _heads: Heads = field(init=False)
     _watch: Callable[[str, Tensor], None] | None = None
@@ -55,6 +57,15 @@ class Decoder:
     def __post_init__(self) -> None:
         self._gate = Gate(self.spec.activation, self.spec.gated)
         self._heads = Heads(self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
+
+    @property
+    def native(self) -> bool:
+        """Whether the native kernels compute it all, to which every size of a pack is alike."""
+        return computes(self.device, self.dtype)
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """Room for the keys and values of rows that are answered side by side."""
+        return KVCache(self.spec, rows, capacity, self.dtype, self.device)
 
     def hidden(
         self,
@@ -80,7 +91,7 @@ class Decoder:
         rows = PackRows(lengths, prefix, self.device)
         hidden_TH = self.embed(ids_T, rows)
         last = len(self.layers) - 1
-        prunes = only_M is not None and dropouts is None
+        prunes = only_M is not None and dropouts is None and cache is None
 
         def run(number: int, hidden_TH: Tensor) -> Tensor:
             layer = self.layers[number]

@@ -434,6 +434,22 @@ ONE_NORM = Names(mlp_norm="input_layernorm")
 ONE_HEAD_SIZE: Config = {"head_dim": None, "num_key_value_heads": None}
 
 
+def why_not_native(config: Config) -> str | None:
+    """What sends a base to the slower path through transformers; None for one that the decoder computes, or
+    whose config `read_spec` refuses."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        return "lorimer's own decoder does not know it"
+    try:
+        check_sizes(config)
+        family(config)
+    except NotNative as error:
+        return f"lorimer's own decoder does not compute its settings ({error})"
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return None
+
+
 def read_spec(config: Config, *, path: str) -> ModelSpec:
     """The ModelSpec of a base's config; BaseError for an architecture that is not known."""
     if config.get("model_type") is None:

@@ -22,7 +22,7 @@ from lorimer.kernels.allocator import give_back_freed_memory, keep_freed_memory
 from lorimer.kernels.dispatch import Linear, Norm
 from lorimer.machine import native_bf16
 from lorimer.model.decoder import Decoder
-from lorimer.model.families import read_spec
+from lorimer.model.families import read_spec, why_not_native
 from lorimer.model.order import file_order, lies_across, stack_order, weight_order
 from lorimer.model.parts import Experts, Layer, NormSlot, Projections, Table
 from lorimer.model.rope import Ropes
@@ -355,6 +355,10 @@ def load_decoder(base: BaseFiles, place: Place, quant: QuantConfig = NOT_QUANTIS
     shape, or not finite where they are quantised, and UserError if there is nothing to keep.
     """
     keep_freed_memory()
+    if base.kind != "gguf" and (why := why_not_native(base.config)):
+        from lorimer.model.foreign import load_foreign
+
+        return load_foreign(base, place, quant, why)
     spec = read_spec(base.config, path=str(base.path))
     if quant.kind == "keep" and not any(kept_kind(base, name) for name in base.tensors):
         raise UserError(

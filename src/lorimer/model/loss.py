@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lorimer.data.pack import Pack
 from lorimer.kernels import dispatch
-from lorimer.kernels.native.library import computes
 from lorimer.model.decoder import Decoder
 from lorimer.model.parts import Dropouts
 
@@ -39,7 +38,7 @@ def pack_loss(
     their mean however the step was split.
     """
     device = decoder.device
-    ids_T, lengths = _filled(pack, native=computes(decoder.device, decoder.dtype))
+    ids_T, lengths = _filled(pack, native=decoder.native)
     hidden_MH = decoder.hidden(
         ids_T.to(device),
         lengths,

@@ -51,6 +51,7 @@ class Projections:
     attention: bool = False
     order_O: Tensor | None = None
     adapted: Adapted | None = None
+    learns: bool = True  # whether a gradient reaches it
 
     @property
     def name(self) -> str:

@@ -40,7 +40,6 @@ from lorimer.evaluate.report import write_report
 from lorimer.evaluate.run import Comparison, Scores, changed_answers, compare_scores, evaluate_rows
 from lorimer.generate.model import Model
 from lorimer.kernels import trace
-from lorimer.kernels.native.library import computes
 from lorimer.lora.adapter import (
     attach_adapter,
     fill_adapter,
@@ -52,6 +51,7 @@ from lorimer.lora.adapter import (
 from lorimer.lora.layers import LoraDropout
 from lorimer.lora.targets import describe_targets, select_targets
 from lorimer.machine import look, memory
+from lorimer.model.families import why_not_native
 from lorimer.model.load import check_ids, choose_place, load_decoder
 from lorimer.model.loss import pack_losses
 from lorimer.run import RunFolder, create_run
@@ -331,7 +331,7 @@ class Session:
             config,
             self.data.train,
             steps=min(self.stream.total_steps, 1000),
-            share=not config.lora.dropout,
+            share=not config.lora.dropout and why_not_native(self.base.config) is None,
             answered=answered,
         )
         target = Target(self.place.device.type, there, here=True)
@@ -427,6 +427,7 @@ class Session:
             "run": str(self.run.path),
             "base": config.base,
             "architecture": self.model.spec.family,
+            "slower": self.model.decoder.slower,
             "base_parameters": self.base.parameters,
             "preset": list(config.preset),
             "dtype": str(self.place.dtype).removeprefix("torch."),
@@ -491,7 +492,7 @@ class Session:
             steps,
             to_go=self.stream.total_steps - done,
             device=self.place.device,
-            native=computes(*self.place),
+            native=self.model.decoder.native,
         )
 
     def profile_begins(self) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from lorimer.config import QuantConfig
 from lorimer.kernels.codes import BLOCKS
 from lorimer.lora.targets import Target
+from lorimer.model.foreign_spec import ForeignSpec
 from lorimer.model.load import STRETCH
 from lorimer.model.spec import Group, ModelSpec
 
@@ -241,6 +242,8 @@ def loading_bytes(shape: Shape, file_bytes: int) -> int:
 
 def parameters(spec: ModelSpec) -> int:
     """Numbers in all weights; a tied head counts once."""
+    if isinstance(spec, ForeignSpec):
+        return spec.numbers
     size = spec.hidden_size
     total = spec.norm_numbers * (size + spec.layers * sum(count for _, count in spec.norms()))
     for group, copies in all_groups(spec).items():

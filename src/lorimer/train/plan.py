@@ -26,7 +26,7 @@ from lorimer.data.template import Example
 from lorimer.errors import UserError
 from lorimer.lora.targets import select_targets
 from lorimer.machine import memory
-from lorimer.model.families import read_spec
+from lorimer.model.families import read_spec, why_not_native
 from lorimer.model.load import kept_kind, skeleton
 from lorimer.model.spec import ModelSpec
 from lorimer.train.memory import (
@@ -198,6 +198,10 @@ def make_plan(
 
     `program` is what the process holds before the base is loaded, in bytes.
     """
+    if base.kind != "gguf" and (why := why_not_native(base.config)):
+        from lorimer.train.plan_foreign import foreign_plan
+
+        return foreign_plan(config, base, load, target, why, program=program, dtype=dtype, tflops=tflops)
     spec = read_spec(base.config, path=str(base.path))
     decoder = skeleton(spec, dtype)
     targets = select_targets(decoder, config.lora.target_modules, config.lora.layers)
