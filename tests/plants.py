@@ -145,7 +145,7 @@ PLANTS = (
     ),
     Plant(
         (35,), "a module that does not exist is passed over", "lora/targets.py",
-        "if not any(_named(target, name) for target in targets):", "if False:",
+        "if not any(_ends(path, name) for path in (*tables, *(target.path for target in targets))):", "if False:",
     ),
     Plant(
         (40,), "rsLoRA is scaled as LoRA", "lora/layers.py",

@@ -37,6 +37,8 @@ PEFT_SAYS = (
     "is_gradient_checkpointing",
     "embedding layers",
     "did not match any targeted",
+    "save_embedding_layers",
+    "fan_in_fan_out is set to True",
 )
 PEFT_NOISE = [pytest.mark.filterwarnings(f"ignore:(?s).*{words}") for words in PEFT_SAYS]
 

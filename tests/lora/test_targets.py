@@ -68,7 +68,7 @@ def test_chosen(decoder: Decoder, modules: Any, layers: Any, expected: set[str])
     ("modules", "layers", "words"),
     [
         ("q_porj", None, ["q_porj", "q_proj"]),
-        (["q_proj", "q_porj"], None, ["`q_porj`", "Did you mean `q_proj`", "down_proj, gate_proj"]),
+        (["q_proj", "q_porj"], None, ["`q_porj`", "Did you mean `q_proj`", "embed_tokens, gate_proj"]),
         (["query_key_value"], None, ["`query_key_value`", "q_proj"]),
         (["proj"], None, ["`proj`"]),
         (r"layers\.1\..*", None, ["matches no linear layer", "model.layers.0.self_attn.q_proj"]),

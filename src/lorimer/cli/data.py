@@ -39,6 +39,12 @@ Format = Annotated[
 TrainOn = Annotated[str | None, typer.Option(help="assistant, last_assistant or all. (default: assistant)")]
 System = Annotated[str | None, typer.Option(help="System prompt for chats that have none.")]
 Template = Annotated[str | None, typer.Option(help="A Jinja file in place of the base's chat template.")]
+Tokens = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--add-token", help="A token that the base does not have. Repeat it for more.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -54,6 +60,7 @@ def check(
     format: Format = None,
     system: System = None,
     chat_template: Template = None,
+    add_token: Tokens = None,
     fix: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write repaired copies there.", show_default=False),
@@ -83,6 +90,7 @@ def check(
         format=format,
         system=system,
         chat_template=chat_template,
+        add_tokens=add_token,
     )
     try:
         opened, template = _template(base, config)
@@ -175,6 +183,7 @@ def show(
     format: Format = None,
     system: System = None,
     chat_template: Template = None,
+    add_token: Tokens = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids, too.")] = False,
     json: Json = False,
 ) -> None:
@@ -188,7 +197,12 @@ def show(
     from lorimer.data.show import stretches
 
     config = _config(
-        train=file, train_on=train_on, format=format, system=system, chat_template=chat_template
+        train=file,
+        train_on=train_on,
+        format=format,
+        system=system,
+        chat_template=chat_template,
+        add_tokens=add_token,
     )
     _, template = _template(base, config)
     shown = []
@@ -227,11 +241,14 @@ def _config(**given: Any) -> DataConfig:
 def _template(base: str | None, config: DataConfig) -> tuple[BaseFiles, ChatTemplate]:
     from lorimer.bases.open import open_base
     from lorimer.bases.store import resolve_base
+    from lorimer.data.added import AddedTokens
     from lorimer.data.template import ChatTemplate
     from lorimer.data.tokenizer import Tokenizer
     from lorimer.errors import TemplateError
+    from lorimer.model.grow import with_tokens
 
-    opened = open_base(resolve_base(base or DEFAULT_BASE))
+    added = AddedTokens.of_config(config)
+    opened = with_tokens(open_base(resolve_base(base or DEFAULT_BASE)), added)
     source = opened.chat_template
     if config.chat_template is not None:
         try:

@@ -116,13 +116,15 @@ def _rows(config: Any) -> tuple[Any, Load]:
     """The base's headers, and what the rows come to."""
     from lorimer.bases.open import open_base
     from lorimer.bases.store import resolve_base
+    from lorimer.data.added import AddedTokens
     from lorimer.data.prepare import prepare
     from lorimer.data.template import ChatTemplate
     from lorimer.data.tokenizer import Tokenizer
     from lorimer.model.families import why_not_native
+    from lorimer.model.grow import with_tokens
     from lorimer.train.plan import load_of, stream_steps
 
-    base = open_base(resolve_base(config.base))
+    base = with_tokens(open_base(resolve_base(config.base)), AddedTokens.of_config(config.data))
     template = ChatTemplate(base.chat_template, Tokenizer.from_base(base))
     data = prepare(config.data, template, seed=config.train.seed)
     steps = stream_steps(config, len(data.train))

@@ -23,6 +23,7 @@ _MEMORY = "train.recompute; auto computes again only what memory asks for"
 _WHERE = "train.device; it is auto, cpu, cuda, cuda:1 or mps"
 _SAVING = "no: a checkpoint always holds what resuming needs, in safetensors"
 _VALID = "data.valid_fraction; or `data.valid` for a file of its own"
+_TOKENS = "data.add_tokens; or `data.add_special_tokens` for control tokens"
 _TEMPLATE = "data.chat_template; it is the path of a Jinja file, the base's own template if not given"
 _FORMAT = "data.format; auto looks at the keys of a row"
 _TRUST = "no: code that comes with a base is never run"
@@ -79,6 +80,16 @@ OTHER_NAMES: dict[str, str] = {
     ),
     **dict.fromkeys(("template", "chat_template_path", "chat_template_jinja"), _TEMPLATE),
     **dict.fromkeys(("dataset_type", "formatting", "dataset_text_field", "type"), _FORMAT),
+    **dict.fromkeys(("tokens", "new_tokens", "additional_tokens"), _TOKENS),
+    **dict.fromkeys(
+        ("special_tokens", "new_special_tokens", "additional_special_tokens", "extra_special_tokens"),
+        "data.add_special_tokens; control tokens that the chat template writes. bos, eos and pad are the "
+        "base's own",
+    ),
+    **dict.fromkeys(
+        ("resize_vocab", "resize_token_embeddings_to_32x", "resize_embedding_layer", "pad_to_multiple_of"),
+        "no: tables grow by themselves, by as many rows as `data.add_tokens` needs",
+    ),
     "default_system": "data.system",
     "system_prompt": "data.system",
     "max_samples": "no: give a file with fewer rows",
@@ -99,6 +110,14 @@ OTHER_NAMES: dict[str, str] = {
     "peft_use_rslora": "lora.rslora",
     "lora_bias": "lora.bias",
     "lora_modules_to_save": "lora.modules_to_save",
+    **dict.fromkeys(
+        ("trainable_token_indices", "lora_trainable_token_indices"),
+        "no: the embeddings of `data.add_tokens` are trained by themselves",
+    ),
+    **dict.fromkeys(
+        ("ensure_weight_tying", "peft_ensure_weight_tying"),
+        "no: an embedding and head that are one stay one while they are trained in full",
+    ),
     "additional_target": "lora.modules_to_save",
     "layers_to_transform": "lora.layers",
     "peft_layers_to_transform": "lora.layers",

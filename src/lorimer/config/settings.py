@@ -72,6 +72,18 @@ class DataConfig(Block):
         examples=["chat.jinja"],
         description="A Jinja file to use in place of the base's chat template.",
     )
+    add_tokens: list[str] = Field(
+        default_factory=list,
+        examples=[["<tool>", "</tool>"]],
+        description="Tokens that the base does not have, found wherever the texts of rows hold them; their "
+        "embeddings are trained.",
+    )
+    add_special_tokens: list[str] = Field(
+        default_factory=list,
+        examples=[["<|turn|>"]],
+        description="The same as control tokens: only the chat template writes them, and answers are shown "
+        "without them.",
+    )
     pack: bool = Field(
         True, description="Pack rows without padding; false computes each row alone (slower, same losses)."
     )
@@ -96,7 +108,7 @@ class LoraConfig(Block):
         "all-linear",
         examples=[["q_proj", "v_proj"]],
         description="`all-linear`, `attention`, `mlp`, a list of module names, or one regex "
-        "matched against the whole module path.",
+        "matched against the whole module path. `embed_tokens` and `lm_head` must be named.",
     )
     layers: str | list[int] | None = Field(
         None,

@@ -27,6 +27,9 @@ from lorimer.errors import BaseError
 Json = dict[str, Any]
 LIBRARY_CLASS = "PreTrainedTokenizerFast"
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
+# In tokenizer_config.json and in a GGUF file's metadata: added tokens that a message may hold. Other tools
+# pass the key over.
+TEXT_TOKENS, GGUF_TEXT_TOKENS = "lorimer_text_tokens", "lorimer.text_tokens"
 
 
 SAVE = "Save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)."
@@ -81,16 +84,21 @@ class Tokenizer:
         }
         self.byte_ids = _byte_ids(described) if falls_back else frozenset()
         self._nonce = secrets.token_hex(8)
-        self._private = {token: f"\ue000{self._nonce}{n:x}\ue001" for n, token in enumerate(self._added)}
-        self._alias = {token: f"\ue002{self._nonce}{n:x}\ue003" for n, token in enumerate(self._added)}
+        # Who adds a token by `data.add_tokens` means it wherever a text holds it: these are no markers.
+        free = self.config.get(TEXT_TOKENS)
+        self.text_tokens = [t for t in self._added if isinstance(free, list) and t in free]
+        markers = [token for token in self._added if token not in self.text_tokens]
+        self._private = {token: f"\ue000{self._nonce}{n:x}\ue001" for n, token in enumerate(markers)}
+        self._alias = {token: f"\ue002{self._nonce}{n:x}\ue003" for n, token in enumerate(markers)}
         self._spelled = {alias: token for token, alias in self._alias.items()}
         self._numbers = count(len(self._alias))
-        special = [token for token, facts in self._added.items() if facts["special"]]
-        self._marker, self._special = _any_of(self._added), _any_of(special)
-        self._words = _any_of([token for token in self._added if token not in special])
-        self._parts, self._special_parts = _Parts.of(self._added), _Parts.of(special)
+        special = [token for token in markers if self._added[token]["special"]]
+        self._marker, self._special = _any_of(markers), _any_of(special)
+        self._words = _any_of([token for token in markers if token not in special])
+        self._parts, self._special_parts = _Parts.of(markers), _Parts.of(special)
         self._aliased = re.compile(f"\ue002{self._nonce}[0-9a-f]+\ue003")
-        self._named = re.compile(f"\ue000{self._nonce}[0-9a-f]+\ue001")
+        found = [f"\ue000{self._nonce}[0-9a-f]+\ue001", *map(re.escape, self.text_tokens)]
+        self._named = re.compile("|".join(found))
         self._prefix = _prefix_scheme(described)
         self._guarded = tokenizers.Tokenizer.from_str(json.dumps(self._renamed(described)))
         self._rest = self._guarded
@@ -106,7 +114,8 @@ class Tokenizer:
     def _translation(self) -> dict[int, int]:
         """Ids that the guarded backend gave its renamed tokens -> the true ones, where they differ."""
         table = {}
-        for token, private in self._private.items():
+        for token in self._added:
+            private = self._private.get(token, token)
             own, true = self._guarded.token_to_id(private), self._plain.token_to_id(token)
             if own is not None and true is not None and own != true:
                 table[own] = true
@@ -150,6 +159,7 @@ class Tokenizer:
             "pad_token": token("padding"),
             "add_bos_token": adds_bos(metadata),
             "add_eos_token": adds_eos(metadata),
+            TEXT_TOKENS: metadata.get(GGUF_TEXT_TOKENS),
         }
         return cls(text, config)
 
@@ -197,6 +207,11 @@ class Tokenizer:
 
     def token(self, number: int) -> str | None:
         return self._plain.id_to_token(number)
+
+    @property
+    def added(self) -> list[str]:
+        """The added tokens: control tokens, and words that are never cut."""
+        return list(self._added)
 
     def is_special(self, number: int) -> bool:
         """Whether this id is a control token: skipped when answers are decoded."""
@@ -314,6 +329,8 @@ class Tokenizer:
         """What to save beside a model so that other tools read the same tokenizer."""
         keep = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token")
         config = {key: self.config[key] for key in keep if self.config.get(key) is not None}
+        if self.text_tokens:
+            config[TEXT_TOKENS] = self.text_tokens
         config |= {"tokenizer_class": LIBRARY_CLASS, "clean_up_tokenization_spaces": False}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         return {"tokenizer.json": self.to_json().encode(), "tokenizer_config.json": text.encode()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,22 @@ from lorimer.data.tokenizer import Tokenizer
 from lorimer.errors import AdapterError, BaseError
 from lorimer.export.vocabulary import vocabulary_entries
 from lorimer.generate.model import adapter_folder, base_of, trained_quant
-from lorimer.lora.adapter import AdapterFiles, alpha_of, check_base, is_adapter, read_adapter, read_template
-from lorimer.lora.layers import LoraSpec
+from lorimer.lora.adapter import (
+    AdapterFiles,
+    alpha_of,
+    check_base,
+    check_copies,
+    is_adapter,
+    ranks_in,
+    read_adapter,
+    read_template,
+    tokens_in,
+    with_tokens_of,
+)
+from lorimer.lora.layers import EMBEDDING_A, EMBEDDING_B, OWN_ROWS, LoraSpec
 from lorimer.lora.merge import embedding_name, head_name
 from lorimer.model.families import read_spec, why_not_native
+from lorimer.model.load import read_weight
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.bnb import stored_shape
 
@@ -71,6 +84,7 @@ def open_source(what: str, *, base: str | None = None, force: bool = False) -> S
             fix="Its adapter is a PEFT folder as it is; `lorimer merge` writes one whole model.",
             path=files.path,
         )
+    files = files if adapter is None else with_tokens_of(files, adapter)
     spec = read_spec(files.config, path=str(files.path))
     tokenizer = Tokenizer.from_base(files)
     template = files.chat_template
@@ -96,28 +110,49 @@ def open_source(what: str, *, base: str | None = None, force: bool = False) -> S
 
 def _update_of(adapter: AdapterFiles, base: BaseFiles, spec: ModelSpec) -> FileUpdate:
     """The update, each tensor checked against the weight that it changes."""
-    suffix = ".lora_A.weight"
-    paths = [name.removesuffix(suffix) for name in adapter.tensors if name.endswith(suffix)]
-    for path in paths:
-        down, up = adapter.tensors[path + suffix], adapter.tensors.get(f"{path}.lora_B.weight")
-        name = f"{path}.weight"
-        shape = stored_shape(base, name) if name in base.tensors else None
-        if shape is None or up is None or (up.shape[0], *down.shape[1:]) != shape:
+    ranks = ranks_in(adapter)
+    for path in ranks:
+        shape = _adapted_shape(adapter.tensors, path)
+        own = _own_name(f"{path}.weight", spec)
+        if own not in base.tensors or shape != stored_shape(base, own):
             raise _misfit(adapter, f"{path}.weight")
     head, embedding = (adapter.tensors.get(n) for n in (head_name(spec), embedding_name(spec)))
     for name, tensor in adapter.tensors.items():
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith(OWN_ROWS):
             continue
-        own = embedding_name(spec) if name == head_name(spec) and spec.tied_head else name
+        own = _own_name(name, spec)
         if own not in base.tensors or tuple(tensor.shape) != base.tensors[own].shape:
             raise _misfit(adapter, name)
+    rows = dict.fromkeys((spec.names.embedding, spec.names.head), spec.vocab_size)
     lora = LoraSpec(
-        ranks={path: adapter.tensors[path + suffix].shape[0] for path in paths},
-        alphas={path: alpha_of(adapter.config, path) for path in paths},
+        ranks=ranks,
+        alphas={path: alpha_of(adapter.config, path) for path in ranks},
         rslora=bool(adapter.config.get("use_rslora", False)),
+        tokens=tokens_in(adapter, rows),
         tie=spec.tied_head and head is not None and embedding is not None and head.equal(embedding),
     )
+    check_copies(adapter, lora, {path: partial(_table, base, spec, path) for path in rows})
     return FileUpdate(lora, adapter.tensors)
+
+
+def _table(base: BaseFiles, spec: ModelSpec, path: str) -> Tensor:
+    return read_weight(base, spec, _own_name(f"{path}.weight", spec)).float()
+
+
+def _own_name(name: str, spec: ModelSpec) -> str:
+    """The weight of the base's files that is meant: a tied head is the embedding."""
+    return embedding_name(spec) if name == head_name(spec) and spec.tied_head else name
+
+
+def _adapted_shape(tensors: Mapping[str, Tensor], path: str) -> tuple[int, ...] | None:
+    """The shape of the weight that a module's factors are for."""
+    linear = [tensors.get(f"{path}.lora_{side}.weight") for side in "BA"]
+    table = [tensors.get(f"{path}.{name}") for name in (EMBEDDING_A, EMBEDDING_B)]
+    if linear[0] is not None and linear[1] is not None:
+        return linear[0].shape[0], *linear[1].shape[1:]
+    if table[0] is not None and table[1] is not None:
+        return table[0].shape[1], table[1].shape[0]
+    return None
 
 
 def _misfit(adapter: AdapterFiles, name: str) -> AdapterError:

@@ -15,6 +15,7 @@ import torch
 from lorimer.bases.open import BaseFiles, open_base
 from lorimer.bases.store import resolve_base
 from lorimer.config import QuantConfig
+from lorimer.data.added import AddedTokens
 from lorimer.data.conversation import Message, to_messages
 from lorimer.data.pack import make_pack
 from lorimer.data.template import ChatTemplate, Example
@@ -29,9 +30,11 @@ from lorimer.lora.adapter import (
     is_adapter,
     read_adapter,
     read_template,
+    with_tokens_of,
 )
 from lorimer.lora.layers import Adapter, remove
 from lorimer.model.decoder import Decoder
+from lorimer.model.grow import added_to
 from lorimer.model.load import check_ids, choose_place, load_decoder
 from lorimer.model.loss import pack_losses
 from lorimer.model.spec import ModelSpec
@@ -84,6 +87,8 @@ class Model:
         """
         files = None if path is None else read_adapter(adapter_folder(Path(path)))
         fingerprint = self.base.fingerprint() if files else None
+        if files is not None:
+            _check_tokens(files, self.base)
         remove(self.decoder)
         self.adapter = self.adapter_path = None
         self.template = ChatTemplate(self.base.chat_template, self.tokenizer)
@@ -215,6 +220,20 @@ class Model:
         )
 
 
+def _check_tokens(files: AdapterFiles, base: BaseFiles) -> None:
+    """Raise AdapterError for an adapter with tokens that this model was not loaded with: its tables have no
+    rows for them."""
+    said = files.ours.get("added_tokens")
+    wanted = AddedTokens() if said is None else AddedTokens.of_json(said)
+    if wanted and wanted != added_to(base):
+        raise AdapterError(
+            f"the adapter has tokens of its own ({', '.join(wanted.all[:5])}), which this model was loaded "
+            "without",
+            fix="Load the model by this adapter's folder.",
+            path=files.path,
+        )
+
+
 class _Closed(Exception):
     """The reader of a stream went away."""
 
@@ -280,6 +299,7 @@ def load(
     adapter = folder if is_adapter(folder) else None
     wanted = base if base is not None else base_of(adapter) if adapter else str(path)
     files = open_base(resolve_base(wanted))
+    files = with_tokens_of(files, read_adapter(adapter)) if adapter else files
     stored = trained_quant(adapter) if quant is None else _quant(quant)
     decoder = load_decoder(files, choose_place(device, dtype), stored)
     model = Model(files, decoder, Tokenizer.from_base(files), str(wanted))

@@ -196,6 +196,31 @@ def _log_softmax(logits_MV: Tensor) -> Tensor:
     return logits_MV.sub_(logits_MV.logsumexp(-1, keepdim=True))
 
 
+def loss_of_logits(
+    logits_MV: Tensor, labels_M: Tensor, *, smoothing: float, softcap: float, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Each position's loss and, if asked for, the gradient of their sum. Logits are overwritten."""
+    labels = labels_M.unsqueeze(1)
+    slope = None
+    if softcap:
+        bent = logits_MV.float().div_(softcap).tanh_()
+        slope = 1.0 - bent.square() if need_grad else None
+        logits_MV = bent.mul_(softcap)
+    log_probs = _log_softmax(logits_MV)
+    nll = -log_probs.gather(1, labels)
+    if smoothing:
+        nll = (1 - smoothing) * nll - smoothing * log_probs.mean(-1, keepdim=True)
+    if not need_grad:
+        return nll.squeeze(1), None
+    grad_logits = log_probs.exp_()
+    if smoothing:
+        grad_logits.sub_(smoothing / grad_logits.shape[-1])
+    grad_logits.scatter_add_(1, labels, torch.full_like(nll, smoothing - 1.0))
+    if slope is not None:
+        grad_logits.mul_(slope)
+    return nll.squeeze(1), grad_logits
+
+
 def cross_entropy_head(
     hidden_MH: Tensor,
     head_VH: Tensor,
@@ -220,26 +245,12 @@ def cross_entropy_head(
     grad_head_VH = torch.zeros_like(head_VH, dtype=torch.float32) if need_head_grad else None
     for start in range(0, hidden_MH.shape[0], HEAD_CHUNK):
         part = slice(start, start + HEAD_CHUNK)
-        labels = labels_M[part].unsqueeze(1)
         logits = hidden_MH[part] @ head_VH.t()
-        slope = None
-        if softcap:
-            bent = logits.float().div_(softcap).tanh_()
-            slope = 1.0 - bent.square() if need_grad else None
-            logits = bent.mul_(softcap)
-        log_probs = _log_softmax(logits)
-        nll = -log_probs.gather(1, labels)
-        if smoothing:
-            nll = (1 - smoothing) * nll - smoothing * log_probs.mean(-1, keepdim=True)
-        losses_M[part] = nll.squeeze(1)
-        if not need_grad:
+        losses_M[part], grad_logits = loss_of_logits(
+            logits, labels_M[part], smoothing=smoothing, softcap=softcap, need_grad=need_grad
+        )
+        if grad_logits is None:
             continue
-        grad_logits = log_probs.exp_()
-        if smoothing:
-            grad_logits.sub_(smoothing / grad_logits.shape[-1])
-        grad_logits.scatter_add_(1, labels, torch.full_like(nll, smoothing - 1.0))
-        if slope is not None:
-            grad_logits.mul_(slope)
         # Probabilities are cast before they are weighted: the weight could push small ones below
         # what the type holds.
         narrow = grad_logits.to(hidden_MH.dtype)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ import torch
 from torch import Tensor
 
 from lorimer.bases.json_object import COPY, unique
+from lorimer.bases.open import BaseFiles
 from lorimer.bases.safetensors import SafetensorsFile
 from lorimer.config import LoraConfig
-from lorimer.errors import AdapterError
-from lorimer.lora.layers import Adapter, LoraSpec, inject, saved_paths
+from lorimer.data.added import brought_by, last_id
+from lorimer.data.tokenizer import Tokenizer
+from lorimer.errors import AdapterError, ConfigError
+from lorimer.lora.layers import EMBEDDING_A, OWN_ROWS, Adapter, LoraSpec, inject, saved_paths
 from lorimer.lora.stacked import is_expert, parameter_of, stack, unstack
-from lorimer.lora.targets import Target, all_targets, select_targets
+from lorimer.lora.targets import Target, all_targets, select_tables, select_targets
 from lorimer.model.decoder import Decoder
+from lorimer.model.grow import with_tokens
 from lorimer.storage import write_folder, write_tensors
 
 CHECK = "Check it against the adapter's original."
@@ -39,7 +43,6 @@ NOT_SUPPORTED = (
     "use_dora",
     "lora_bias",
     "layer_replication",
-    "trainable_token_indices",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -58,26 +61,73 @@ class AdapterFiles:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     ours: dict[str, Any]
+    # The base's own embedding and head by path: PEFT saves them beside what it adapts of them.
+    copies: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def base(self) -> str | None:
         return self.config.get("base_model_name_or_path")
 
 
-def new_adapter(decoder: Decoder, config: LoraConfig, *, seed: int) -> tuple[Adapter, list[Target]]:
-    """A fresh adapter as the settings say, put on the decoder. It changes nothing yet."""
+def new_adapter(
+    decoder: Decoder, config: LoraConfig, *, seed: int, tokens: Sequence[int] = ()
+) -> tuple[Adapter, list[Target]]:
+    """A fresh adapter as the settings say, put on the decoder. It changes nothing yet.
+
+    `tokens` are the ids of tokens that the base did not have. Raises ConfigError.
+    """
     targets = select_targets(decoder, config.target_modules, config.layers)
-    paths = [target.path for target in targets]
+    tables = [table.path for table in select_tables(decoder, config.target_modules)]
+    paths = [*(target.path for target in targets), *tables]
+    full = saved_paths(decoder, config.modules_to_save)
+    if both := [path for path in tables if path in full]:
+        raise ConfigError(
+            f"`{both[0]}` is in `lora.target_modules` and in `lora.modules_to_save`",
+            fix="Train it in full or with LoRA: name it in one of the two.",
+        )
+    if tokens and tables:
+        raise ConfigError(
+            f"`lora.target_modules` names `{tables[0].rpartition('.')[2]}`, and `data.add_tokens` needs "
+            "rows of its own there: PEFT has no form for both",
+            fix="Leave it out, and the new tokens' rows are trained; or train every row: "
+            f"`lora.modules_to_save: [{', '.join(path.rpartition('.')[2] for path in _pair(decoder))}]`.",
+        )
     spec = LoraSpec(
         ranks=dict.fromkeys(paths, config.r),
         alphas=dict.fromkeys(paths, config.alpha),
         rslora=config.rslora,
         dropout=config.dropout,
         bias=config.bias,
-        modules_to_save=saved_paths(decoder, config.modules_to_save),
+        modules_to_save=full,
         tie=decoder.spec.tied_head,
+        tokens={path: tuple(tokens) for path in _pair(decoder) if tokens and path not in full},
     )
     return inject(decoder, targets, spec, seed=seed), targets
+
+
+def table_numbers(decoder: Decoder, config: LoraConfig, tokens: int) -> int:
+    """How many numbers of embedding, head and norms these settings train, with so many new tokens."""
+    full = saved_paths(decoder, config.modules_to_save)
+    total = sum(
+        config.r * sum(table.weight.shape) for table in select_tables(decoder, config.target_modules)
+    )
+    total += sum(slot.frozen.weight_H.numel() for slot in decoder.norms() if slot.path in full)
+    for table in decoder.tables():
+        rows, columns = table.weight.shape
+        if table is decoder.head and decoder.spec.tied_head:
+            continue
+        if table.path in full:
+            total += rows * columns
+        elif table is not decoder.positions:
+            total += tokens * columns
+    return total
+
+
+def _pair(decoder: Decoder) -> list[str]:
+    """The embedding, and the head where it is another tensor."""
+    return list(dict.fromkeys(table.path for table in (decoder.embedding, decoder.head)))[
+        : 1 if decoder.spec.tied_head else 2
+    ]
 
 
 def is_adapter(path: Path) -> bool:
@@ -123,12 +173,17 @@ def read_adapter(path: Path) -> AdapterFiles:
         fix = "Save the adapter with PEFT's save_pretrained."
         raise AdapterError(f"the adapter's weights cannot be used: {what}", fix=fix, path=path / WEIGHTS)
     named = _unstacked(path, config, {name.removeprefix(PREFIX): t for name, t in tensors.items()})
+    ends = (".token_adapter.base_layer.weight", ".base_layer.weight")
+    copies = {
+        name: next((name.removesuffix(end) for end in ends if name.endswith(end)), "") for name in named
+    }
+    copied = {path: named.pop(name) for name, path in copies.items() if path}
     named = {name.replace(".base_layer.", "."): t for name, t in named.items()}
     bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
     if bad:
         fix = "Copy it again; if it was trained so, train it with a lower learning rate."
         raise AdapterError(f"`{bad[0]}` holds NaN or infinity", fix=fix, path=path / WEIGHTS)
-    return AdapterFiles(path, config, named, ours)
+    return AdapterFiles(path, config, named, ours, copied)
 
 
 def _check_settings(config: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
@@ -198,6 +253,8 @@ def attach_adapter(
     if fingerprint and not force:
         check_base(files, fingerprint)
     spec, targets = _spec_of(decoder, files)
+    tables = {table.path: table for table in (decoder.embedding, decoder.head)}
+    check_copies(files, spec, {path: table.weight.dequantise for path, table in tables.items()})
     adapter = inject(decoder, targets, spec)
     wanted = set(adapter.tensors)
     found = set(files.tensors)
@@ -212,6 +269,27 @@ def attach_adapter(
         adapter.take(name, files.tensors[name])
     adapter.refresh()
     return adapter
+
+
+def check_copies(files: AdapterFiles, spec: LoraSpec, tables: Mapping[str, Callable[[], Tensor]]) -> None:
+    """The base's own tables that a folder holds must be this base's, but for rows that are trained.
+
+    Raises AdapterError: what was changed there without training would be lost.
+    """
+    for path, copy in files.copies.items():
+        own = tables[path]() if path in tables else None
+        same = own is not None and own.shape == copy.shape
+        if same and own is not None:
+            apart = (own - copy.float()).abs()
+            apart[list(spec.tokens.get(path, ()))] = 0.0
+            # Rounded to bf16 as a base may be, or quantised.
+            same = bool((apart <= 0.01 * own.abs() + 1e-6 * own.abs().max()).all())
+        if not same:
+            raise AdapterError(
+                f"the adapter brings another `{path}` than this base has",
+                fix="Merge it with the tool that made it, and use the merged model as a base.",
+                path=files.path / WEIGHTS,
+            )
 
 
 def check_base(files: AdapterFiles, fingerprint: str) -> None:
@@ -239,9 +317,9 @@ def _misfit(files: AdapterFiles, name: str, wanted: tuple[int, ...]) -> AdapterE
 def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Target]]:
     """What the tensors themselves say is adapted; scales from the settings."""
     known = {target.path: target for target in all_targets(decoder)}
-    suffix = ".lora_A.weight"
-    paths = [name.removesuffix(suffix) for name in files.tensors if name.endswith(suffix)]
-    strangers = [path for path in paths if path not in known]
+    tables = {table.path: table for table in (decoder.embedding, decoder.head)}
+    paths = list(ranks_in(files))
+    strangers = [path for path in paths if path not in known and path not in tables]
     if strangers:
         raise AdapterError(
             f"the adapter is for another base: this one has no module `{strangers[0]}`",
@@ -252,15 +330,90 @@ def _spec_of(decoder: Decoder, files: AdapterFiles) -> tuple[LoraSpec, list[Targ
     pair = [files.tensors.get(f"{table.path}.weight") for table in (decoder.embedding, decoder.head)]
     one = pair[0] is not None and pair[1] is not None and torch.equal(pair[0], pair[1])
     spec = LoraSpec(
-        ranks={path: files.tensors[path + suffix].shape[0] for path in paths},
+        ranks=ranks_in(files),
         alphas={path: alpha_of(files.config, path) for path in paths},
         rslora=bool(files.config.get("use_rslora", False)),
         dropout=_number(files.config.get("lora_dropout") or 0.0, "lora_dropout"),
         bias=str(files.config.get("bias", "none")),
         modules_to_save=saved,
         tie=decoder.spec.tied_head and one,
+        tokens=tokens_in(files, {path: table.weight.shape[0] for path, table in tables.items()}),
     )
-    return spec, [known[path] for path in sorted(paths, key=list(known).index)]
+    if both := [path for path in spec.tokens if path in spec.ranks or path in saved]:
+        raise AdapterError(f"it trains rows of `{both[0]}` and more of it, which is not supported")
+    return spec, [known[path] for path in sorted((p for p in paths if p in known), key=list(known).index)]
+
+
+def ranks_in(files: AdapterFiles) -> dict[str, int]:
+    """The rank of each adapted module by its path, as the tensors themselves have it."""
+    ends = (".lora_A.weight", f".{EMBEDDING_A}")
+    return {
+        name.removesuffix(end): tensor.shape[0]
+        for name, tensor in files.tensors.items()
+        for end in ends
+        if name.endswith(end)
+    }
+
+
+def tokens_in(files: AdapterFiles, rows: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The ids whose rows an adapter has, by the path of the table; `rows` of each that the model has.
+
+    Raises AdapterError.
+    """
+    paths = [name.removesuffix(f".{OWN_ROWS}") for name in files.tensors if name.endswith(OWN_ROWS)]
+    found = {}
+    for path in paths:
+        ids = _listed_ids(files, path)
+        if path not in rows:
+            raise AdapterError(f"the adapter is for another base: this one has no table `{path}`")
+        if not ids or len(set(ids)) < len(ids) or len(ids) != files.tensors[f"{path}.{OWN_ROWS}"].shape[0]:
+            raise AdapterError(
+                f"`trainable_token_indices` does not go with the rows of `{path}` in {WEIGHTS}",
+                path=files.path / CONFIG,
+            )
+        if not 0 <= min(ids) <= max(ids) < rows[path]:
+            raise AdapterError(
+                f"the adapter has a row for the token {max(ids):,}, and this model {rows[path]:,} tokens: "
+                "it was loaded without the adapter's own",
+                fix="Load the model by the adapter's folder, which holds the tokenizer with them.",
+                path=files.path,
+            )
+        found[path] = tuple(ids)
+    return found
+
+
+def _listed_ids(files: AdapterFiles, path: str) -> list[int]:
+    """`trainable_token_indices`: a list for the embedding, or one for each module by its path's end."""
+    given = files.config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next(
+            (ids for name, ids in given.items() if path == name or path.endswith(f".{name}")), None
+        )
+    whole = isinstance(given, list) and all(type(number) is int for number in given)
+    return list(given) if isinstance(given, list) and whole else []
+
+
+def with_tokens_of(base: BaseFiles, files: AdapterFiles) -> BaseFiles:
+    """The base with the tokens that an adapter brings: its manifest names them, or else the tokenizer in
+    its folder, where the adapter has rows that the base has not. Raises AdapterError if they do not fit."""
+    listed = files.config.get("trainable_token_indices") or []
+    lists = listed.values() if isinstance(listed, dict) else [listed]
+    largest = max(
+        (n for part in lists if isinstance(part, list) for n in part if type(n) is int), default=-1
+    )
+    if files.ours.get("added_tokens") is None and largest < 0:
+        return base
+    tokenizer, file = Tokenizer.from_base(base), files.path / "tokenizer.json"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    added = brought_by(text if largest > last_id(tokenizer) else None, files.ours, tokenizer)
+    try:
+        return with_tokens(base, added)
+    except ConfigError as error:
+        raise AdapterError(
+            f"the adapter's own tokens do not fit this base: {error.problem}",
+            fix="Use the base that it was trained on.",
+            path=files.path,
+        ) from error
 
 
 def alpha_of(config: Mapping[str, Any], path: str) -> float:
@@ -323,7 +476,7 @@ def fill_adapter(
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / OURS).write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(config), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(config, ours), encoding="utf-8")
 
 
 def _peft_name(name: str, adapter: Adapter) -> str:
@@ -342,6 +495,10 @@ def peft_config(adapter: Adapter, decoder: Decoder, base: str) -> dict[str, Any]
     r = max(set(ranks), key=ranks.count)
     alpha = max(set(alphas), key=alphas.count)
     names, layers = _compact([path for path in paths if not is_expert(path)], decoder)
+    tokens: dict[str, list[int]] | list[int] | None
+    tokens = {path.rpartition(".")[2]: list(ids) for path, ids in spec.tokens.items()}
+    if list(spec.tokens) == [decoder.embedding.path]:
+        (tokens,) = tokens.values()  # PEFT's word for the embedding, and a head that is tied to it
     parameters = _parameters(paths, decoder)
     return {
         "peft_type": "LORA",
@@ -364,6 +521,7 @@ def peft_config(adapter: Adapter, decoder: Decoder, base: str) -> dict[str, Any]
         "fan_in_fan_out": decoder.spec.transposed,
         "init_lora_weights": True,
         "modules_to_save": list(spec.modules_to_save) or None,
+        "trainable_token_indices": tokens or None,
     }
 
 
@@ -374,15 +532,17 @@ def _plain(value: float) -> float | int:
 def _compact(paths: Sequence[str], decoder: Decoder) -> tuple[list[str], list[int] | None]:
     """The shortest settings that choose exactly these modules: names, names in some layers, or paths."""
     targets = [target for target in all_targets(decoder) if not is_expert(target.path)]
-    chosen = set(paths)
+    tables = [table.path for table in (decoder.embedding, decoder.head) if table.path in paths]
+    chosen = set(paths) - set(tables)
     names = sorted({target.name for target in targets if target.path in chosen})
     layers = sorted({target.layer for target in targets if target.path in chosen})
     product = {t.path for t in targets if t.name in names and t.layer in layers}
-    whole = len(layers) == len({target.layer for target in targets})
-    # PEFT's settings know no layer for what is outside of them, which is -1 here.
-    if product != chosen or (-1 in layers and not whole):
+    every = len(layers) == len({target.layer for target in targets})
+    # PEFT's choice of layers leaves out what is in none, which is -1 here.
+    if product != chosen or (not every and (-1 in layers or (tables and layers))):
         return sorted(paths), None
-    return names, None if whole else layers
+    ends = [path.rpartition(".")[2] for path in tables]
+    return sorted([*names, *ends]), None if every else layers or None
 
 
 def _parameters(paths: Sequence[str], decoder: Decoder) -> list[str]:
@@ -394,8 +554,16 @@ def _parameters(paths: Sequence[str], decoder: Decoder) -> list[str]:
     return sorted(ends if whole == chosen else chosen)
 
 
-def _readme(config: Mapping[str, Any]) -> str:
-    base = config["base_model_name_or_path"]
+def _readme(config: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    base, added = config["base_model_name_or_path"], ours.get("added_tokens") or {}
+    tokens = ", ".join(f"`{token}`" for kind in ("text", "special") for token in added.get(kind, []))
+    grown = added.get("rows")
+    resize = f" and `base_model.resize_token_embeddings({grown})`" if grown else ""
+    first = (
+        f"\nIt has tokens of its own: {tokens}. With PEFT use the tokenizer in this folder{resize} first.\n"
+        if tokens
+        else ""
+    )
     return f"""---
 library_name: peft
 base_model: {base}
@@ -411,7 +579,7 @@ Trained with lorimer: r {config["r"]}, alpha {config["lora_alpha"]}, on
     lorimer merge FOLDER --out M a full model
 
 In Python with PEFT: `PeftModel.from_pretrained(base_model, FOLDER)`.
-`lorimer.json` says which base, template and data it belongs to.
+{first}`lorimer.json` says which base, template and data it belongs to.
 """
 
 

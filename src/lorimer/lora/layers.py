@@ -23,12 +23,17 @@ from lorimer.kernels.dispatch import Dropout, Linear
 from lorimer.kernels.native.elementwise import ScaledCopies
 from lorimer.kernels.native.library import usable
 from lorimer.kernels.products import LowRank
+from lorimer.kernels.tables import LowRankTable, OwnRows, TableUpdate
 from lorimer.lora.targets import Target
 from lorimer.model.decoder import Decoder
 from lorimer.model.parts import Adapted, NormSlot, Projections, Table
+from lorimer.model.spec import ModelSpec
 
 # Distinct dropout masks per step; each token's mask is drawn from them. See LoraDropout.
 MASKS = 4096
+# PEFT's names of what it trains of an embedding, and of a table's rows.
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+OWN_ROWS = "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,9 @@ class LoraSpec:
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()  # whole paths
     tie: bool = False  # a tied embedding and head stay one tensor while trained
+    # Ids whose rows are trained, for the paths of embedding and head; one that is tied to the embedding and
+    # is not here has the embedding's.
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def scale(self, path: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA."""
@@ -147,6 +155,12 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
             for t in members
         ]
         pieces += _bias_pieces(group, members, spec)
+    tables = {table.path: table for table in (decoder.embedding, decoder.head)}
+    for path, table in tables.items():
+        if path in spec.ranks:
+            pieces += _table_pieces(table, spec, seed, embedding=table is decoder.embedding)
+        if ids := spec.tokens.get(path):
+            pieces.append(_rows_piece(table, ids, decoder.device))
     slots = [slot for path in spec.modules_to_save for slot in find_slots(decoder, path)]
     head = decoder.head if spec.tie and any(slot is decoder.head for slot in slots) else None
     for slot in slots:
@@ -170,6 +184,8 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
         _attach(group, members, adapter)
     if head is not None:
         adapter.tensors[f"{head.path}.weight"] = adapter.tensors[f"{decoder.embedding.path}.weight"]
+    for table in tables.values():
+        table.update = _table_update(table, decoder, adapter)
     for slot in slots:
         slot.trained = adapter.tensors[f"{slot.path}.weight"]
     for norm in decoder.norms():
@@ -186,6 +202,8 @@ def remove(decoder: Decoder) -> None:
         slot.trained = None
         if isinstance(slot, NormSlot):
             slot.trained_bias = None
+        else:
+            slot.update = None
 
 
 def _by_group(
@@ -214,6 +232,62 @@ def _down_piece(target: Target, group: Projections, spec: LoraSpec, seed: int) -
         (spec.ranks[target.path], group.inputs),
         lambda tensor: tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)),
     )
+
+
+def _table_pieces(table: Table, spec: LoraSpec, seed: int, *, embedding: bool) -> list[_Piece]:
+    """LoRA on the embedding or the head. Of an embedding A is what begins as zeros, as in PEFT: a token
+    that no row holds then keeps what it had, whatever becomes of B."""
+    path, rank, (rows, columns) = table.path, spec.ranks[table.path], table.weight.shape
+    generator = _generator(seed, path)
+    if embedding:
+        return [
+            _Piece(f"{path}.{EMBEDDING_A}", (rank, rows), torch.Tensor.zero_),
+            _Piece(
+                f"{path}.{EMBEDDING_B}",
+                (columns, rank),
+                lambda tensor: tensor.copy_(torch.randn(tensor.shape, generator=generator)),
+            ),
+        ]
+    bound = 1.0 / math.sqrt(columns)
+    return [
+        _Piece(
+            f"{path}.lora_A.weight",
+            (rank, columns),
+            lambda t: t.copy_(torch.empty(t.shape).uniform_(-bound, bound, generator=generator)),
+        ),
+        _Piece(f"{path}.lora_B.weight", (rows, rank), torch.Tensor.zero_),
+    ]
+
+
+def _rows_piece(table: Table, ids: tuple[int, ...], device: torch.device) -> _Piece:
+    rows_KH = table.weight.rows(torch.tensor(ids, device=device)).float()
+    return _Piece(f"{table.path}.{OWN_ROWS}", tuple(rows_KH.shape), _copy_from(rows_KH))
+
+
+def _table_update(table: Table, decoder: Decoder, adapter: Adapter) -> TableUpdate | None:
+    """What is trained of the embedding or the head, unless that is all of it or nothing."""
+    spec, tensors, path = adapter.spec, adapter.tensors, table.path
+    embedding = table is decoder.embedding
+    if path in spec.ranks:
+        names = (EMBEDDING_A, EMBEDDING_B) if embedding else ("lora_A.weight", "lora_B.weight")
+        a, b = (tensors[f"{path}.{name}"] for name in names)
+        return TableUpdate(low_rank=LowRankTable(a, b, spec.scale(path), embedding))
+    owner = rows_owner(path, decoder.spec, spec)
+    if owner is None:
+        return None
+    ids_K = torch.tensor(spec.tokens[owner], device=decoder.device)
+    places_V = torch.full((table.weight.shape[0],), -1, device=decoder.device)
+    places_V[ids_K] = torch.arange(len(ids_K), device=decoder.device)
+    return TableUpdate(own=OwnRows(ids_K, tensors[f"{owner}.{OWN_ROWS}"], places_V))
+
+
+def rows_owner(path: str, model: ModelSpec, spec: LoraSpec) -> str | None:
+    """Whose trained rows the embedding or the head has: its own, or a tied head the embedding's."""
+    if path in spec.tokens:
+        return path
+    names = model.names
+    shared = model.tied_head and path == names.head and path not in spec.modules_to_save
+    return names.embedding if shared and names.embedding in spec.tokens and path not in spec.ranks else None
 
 
 def _bias_pieces(group: Projections, members: Sequence[Target], spec: LoraSpec) -> list[_Piece]:

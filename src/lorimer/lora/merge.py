@@ -23,7 +23,7 @@ from lorimer.bases.mapped import Bytes
 from lorimer.bases.open import BaseFiles
 from lorimer.config import QuantConfig
 from lorimer.errors import AdapterError, UserError
-from lorimer.lora.layers import LoraSpec
+from lorimer.lora.layers import EMBEDDING_A, EMBEDDING_B, OWN_ROWS, LoraSpec, rows_owner
 from lorimer.model.load import NOT_QUANTISED, TYPES, stored_shape, trained_weight
 from lorimer.model.order import adapted_module, is_transposed
 from lorimer.model.spec import ModelSpec
@@ -158,11 +158,10 @@ def merged_tensors(
         yield name, (value if merged is None else merged).to(dtype).contiguous()
     head = head_name(spec)
     if head not in base.tensors and untied(spec, adapter):
-        trained = adapter.for_files(head) if head in adapter.tensors else None
-        embedding = embedding_name(spec)
-        value = trained_weight(base, spec, embedding, quant) if trained is None else trained
-        used.add(head)
-        yield head, value.to(dtype).contiguous()
+        value = trained_weight(base, spec, embedding_name(spec), quant).float()
+        merged = _update(spec, head, value, adapter)
+        used |= _tensors_of(spec, head)
+        yield head, (value if merged is None else merged).to(dtype).contiguous()
     tied = {head_name(spec)} if spec.tied_head and embedding_name(spec) in adapter.tensors else set()
     lost = sorted(set(adapter.tensors) - used - tied)
     if lost:
@@ -176,7 +175,8 @@ def merged_tensors(
 def _tensors_of(spec: ModelSpec, name: str) -> set[str]:
     """What of an adapter may change a weight."""
     module = adapted_module(spec, name)[0]
-    return {name, f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+    ends = ("lora_A.weight", "lora_B.weight", EMBEDDING_A, EMBEDDING_B, OWN_ROWS)
+    return {name, *(f"{module}.{end}" for end in ends)}
 
 
 def embedding_name(spec: ModelSpec) -> str:
@@ -229,11 +229,13 @@ class MergedBase(BaseFiles):
 
 def untied(spec: ModelSpec, adapter: Update) -> bool:
     """Whether the base's head is its embedding, and only one of them was trained, or each apart."""
-    return (
-        spec.tied_head
-        and not adapter.spec.tie
-        and bool({head_name(spec), embedding_name(spec)} & set(adapter.tensors))
-    )
+    if not spec.tied_head:
+        return False
+    names, tokens = spec.names, adapter.spec.tokens
+    if tokens:  # a head that has the embedding's rows is one with it
+        return rows_owner(names.head, spec, adapter.spec) != names.embedding
+    full = not adapter.spec.tie and {head_name(spec), embedding_name(spec)} & set(adapter.tensors)
+    return bool(full or {names.head, names.embedding} & set(adapter.spec.ranks))
 
 
 def _update(spec: ModelSpec, name: str, value: Tensor, adapter: Update) -> Tensor | None:
@@ -241,6 +243,13 @@ def _update(spec: ModelSpec, name: str, value: Tensor, adapter: Update) -> Tenso
     module, part, parts = adapted_module(spec, name)
     if name in adapter.tensors:
         return adapter.for_files(name).float()
+    owner = rows_owner(module, spec, adapter.spec)
+    if owner is not None and name.endswith(".weight"):
+        ids_K = torch.tensor(adapter.spec.tokens[owner], device=value.device)
+        return value.index_copy(0, ids_K, adapter.for_files(f"{owner}.{OWN_ROWS}").float())
+    if f"{module}.{EMBEDDING_A}" in adapter.tensors:
+        a, b = (adapter.for_files(f"{module}.{name}") for name in (EMBEDDING_A, EMBEDDING_B))
+        return value + adapter.spec.scale(module) * (b @ a).t()
     down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
     if not name.endswith(".weight") or down not in adapter.tensors or up not in adapter.tensors:
         return None

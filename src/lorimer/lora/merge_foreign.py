@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lorimer.bases.open import BaseFiles
 from lorimer.lora.layers import Adapter
-from lorimer.lora.merge import TYPES, MergeReport, check_target, untied
+from lorimer.lora.merge import MergeReport, check_target, untied
 from lorimer.model.foreign import quiet
 from lorimer.model.foreign_decoder import ForeignDecoder
+from lorimer.model.load import TYPES
 from lorimer.quant.linear import FrozenLinear
 from lorimer.storage import check_space, write_folder
 

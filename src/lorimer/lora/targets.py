@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from lorimer.errors import ConfigError
 from lorimer.lora.stacked import is_expert, parameter_of
 from lorimer.model.decoder import Decoder
-from lorimer.model.parts import Projections
+from lorimer.model.parts import Projections, Table
+
+# Settings that mean many modules.
+WORDS = ("all-linear", "attention", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,46 @@ def select_targets(
     Raises ConfigError naming what exists if something matches nothing.
     """
     targets = all_targets(decoder)
-    chosen = _by_module(targets, target_modules)
+    chosen = _by_module(targets, target_modules, [table.path for table in _tables(decoder)])
     _check_experts(targets, chosen)
     if layers is not None:
         wanted = _layer_numbers(layers, decoder.spec.layers)
         chosen = [target for target in chosen if target.layer in wanted]
-        if not chosen:
+        if not chosen and not select_tables(decoder, target_modules):
             raise ConfigError(
                 f"`lora.layers: {layers}` leaves none of the modules that `lora.target_modules` chose",
                 fix="Widen one of the two.",
             )
     return chosen
+
+
+def _tables(decoder: Decoder) -> tuple[Table, Table]:
+    return decoder.embedding, decoder.head
+
+
+def select_tables(decoder: Decoder, target_modules: str | Sequence[str]) -> list[Table]:
+    """Of embedding and head those that `lora.target_modules` means: by name, by path or by a pattern, and
+    by no word for many, as in PEFT."""
+    if isinstance(target_modules, str):
+        if target_modules in WORDS:
+            return []
+        named = [table for table in _tables(decoder) if _ends(table.path, target_modules)]
+        return named or [table for table in _tables(decoder) if _matches(target_modules, table.path)]
+    return [table for table in _tables(decoder) if any(_ends(table.path, name) for name in target_modules)]
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return _compiled(pattern).fullmatch(path) is not None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"`lora.target_modules: {pattern}` is not a valid pattern: {error}",
+            fix="Mend the pattern, or give a list of names: `lorimer config explain lora.target_modules`.",
+        ) from error
 
 
 def _check_experts(targets: list[Target], chosen: list[Target]) -> None:
@@ -75,46 +107,40 @@ def _check_experts(targets: list[Target], chosen: list[Target]) -> None:
             )
 
 
-def _by_module(targets: list[Target], wanted: str | Sequence[str]) -> list[Target]:
-    names = sorted({target.name for target in targets})
-    if wanted in ("all-linear", "attention", "mlp"):
+def _by_module(targets: list[Target], wanted: str | Sequence[str], tables: Sequence[str]) -> list[Target]:
+    """`tables` are the paths of embedding and head, which may be wanted too."""
+    names = sorted({target.name for target in targets} | {path.rpartition(".")[2] for path in tables})
+    if wanted in WORDS:
         used = [target for target in targets if target.group.learns]
         if wanted == "all-linear":
             return used
         return [target for target in used if target.group.attention == (wanted == "attention")]
     if isinstance(wanted, str):
         if wanted not in names:
-            return _by_pattern(targets, wanted)
+            return _by_pattern(targets, wanted, tables)
         wanted = (wanted,)
     if not wanted:
         raise ConfigError(
             "`lora.target_modules` names no module", fix=f"The model has: {', '.join(names)}."
         )
     for name in wanted:
-        if not any(_named(target, name) for target in targets):
+        if not any(_ends(path, name) for path in (*tables, *(target.path for target in targets))):
             close = difflib.get_close_matches(name, names, 1)
             raise ConfigError(
                 f"`lora.target_modules` names `{name}`, which this model does not have",
                 fix=(f"Did you mean `{close[0]}`? " if close else "") + f"It has: {', '.join(names)}.",
             )
-    return [target for target in targets if any(_named(target, name) for name in wanted)]
+    return [target for target in targets if any(_ends(target.path, name) for name in wanted)]
 
 
-def _named(target: Target, name: str) -> bool:
-    """A module's last name or the end of its path, as PEFT matches lists."""
-    return target.path == name or target.path.endswith("." + name)
+def _ends(path: str, name: str) -> bool:
+    """Whether this is a module's last name or the end of its path, as PEFT matches lists."""
+    return path == name or path.endswith("." + name)
 
 
-def _by_pattern(targets: list[Target], pattern: str) -> list[Target]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"`lora.target_modules: {pattern}` is not a valid pattern: {error}",
-            fix="Mend the pattern, or give a list of names: `lorimer config explain lora.target_modules`.",
-        ) from error
-    chosen = [target for target in targets if compiled.fullmatch(target.path)]
-    if not chosen:
+def _by_pattern(targets: list[Target], pattern: str, tables: Sequence[str]) -> list[Target]:
+    chosen = [target for target in targets if _matches(pattern, target.path)]
+    if not chosen and not any(_matches(pattern, path) for path in tables):
         raise ConfigError(
             f"`lora.target_modules: {pattern}` matches no linear layer",
             fix=f"A pattern must match a whole path such as `{targets[0].path}`; "
@@ -142,8 +168,12 @@ def _layer_numbers(layers: str | Sequence[int], count: int) -> set[int]:
     return numbers
 
 
-def describe_targets(targets: Sequence[Target], layers: int) -> str:
-    """`q_proj, v_proj in 30 layers` or, where layers differ, each name with its count."""
+def describe_targets(targets: Sequence[Target], layers: int, more: Sequence[str] = ()) -> str:
+    """`q_proj, v_proj in 30 layers` or, where layers differ, each name with its count; then `more`."""
+    return "; ".join(filter(None, [_described(targets, layers), ", ".join(more)]))
+
+
+def _described(targets: Sequence[Target], layers: int) -> str:
     counts: dict[str, int] = {}
     for target in targets:
         counts[target.name] = counts.get(target.name, 0) + 1

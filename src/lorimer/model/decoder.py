@@ -20,6 +20,7 @@ from torch import Tensor
 from lorimer.kernels import dispatch, products
 from lorimer.kernels.dispatch import Gate, HeadNorms, Heads, Scores, Turn
 from lorimer.kernels.native.library import computes
+from lorimer.kernels.tables import UpdatedHead
 from lorimer.model.attention import PackRows, attend, attend_cache
 from lorimer.model.cache import KVCache
 from lorimer.model.experts import mixture
@@ -189,10 +190,12 @@ class Decoder:
         scale = self.spec.logit_scale
         return states_MH if scale == 1.0 else dispatch.scaled(states_MH, scale)
 
-    def head_weight(self) -> Tensor | FrozenLinear:
-        """The head [V, H]: its trained copy (float32) or the frozen weight."""
+    def head_weight(self) -> Tensor | FrozenLinear | UpdatedHead:
+        """The head [V, H]: its trained copy (float32), or the frozen weight, perhaps with an update."""
         if self.adapted and self.head.trained is not None:
             return self.head.trained
+        if self.adapted and self.head.update is not None:
+            return UpdatedHead(self.head.weight, self.head.update)
         return self.head.weight
 
     def logits(self, hidden_MH: Tensor) -> Tensor:

@@ -5,11 +5,15 @@ Letters: T tokens, H hidden, M trained positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lorimer.data.pack import Pack
 from lorimer.kernels import dispatch
+from lorimer.kernels.dispatch import Dropout
+from lorimer.kernels.tables import UpdatedHead
 from lorimer.model.decoder import Decoder
 from lorimer.model.parts import Dropouts
 
@@ -46,13 +50,27 @@ def pack_loss(
         dropouts=dropouts,
         only_M=pack.predict_M.to(device),
     )
-    picked_MH = decoder.finish(hidden_MH)
+    picked_MH, head = decoder.finish(hidden_MH), decoder.head_weight()
+    if isinstance(head, UpdatedHead):
+        drop = dropouts and head.update.low_rank and dropouts(*_head_input(decoder), pack.computed_tokens)
+        masks = Dropout(drop.pool_PI, drop.picks_T.cpu()[pack.predict_M].to(device)) if drop else None
+        return replace(head, dropout=masks).loss(
+            *(picked_MH, pack.labels_M.to(device)),
+            weight=weight,
+            smoothing=smoothing,
+            softcap=decoder.spec.logit_cap,
+        )
     return dispatch.head_loss(
-        *(picked_MH, decoder.head_weight(), pack.labels_M.to(device)),
+        *(picked_MH, head, pack.labels_M.to(device)),
         weight=weight,
         smoothing=smoothing,
         softcap=decoder.spec.logit_cap,
     )
+
+
+def _head_input(decoder: Decoder) -> tuple[int, int]:
+    """The number and the size of the head's input, as dropout counts them: after all projections."""
+    return len(decoder.projections()), decoder.spec.hidden_size
 
 
 def pack_losses(decoder: Decoder, pack: Pack) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorimer.kernels import dispatch
 from lorimer.kernels.dispatch import Before, Dropout, Gate, Linear, Norm
+from lorimer.kernels.tables import TableUpdate
 from lorimer.quant.linear import FrozenLinear
 
 # For a projection group's number, input size and tokens: the masks for its adapters' input.
@@ -136,11 +137,13 @@ class Table:
     path: str
     weight: FrozenLinear
     trained: Tensor | None = None
+    update: TableUpdate | None = None  # what is trained of it, where it is not trained in full
 
     def rows(self, ids_T: Tensor, dtype: torch.dtype, *, adapted: bool) -> Tensor:
         if adapted and self.trained is not None:
             return torch.nn.functional.embedding(ids_T, self.trained).to(dtype)
-        return self.weight.rows(ids_T)
+        rows_TH = self.weight.rows(ids_T)
+        return self.update.rows(rows_TH, ids_T) if adapted and self.update else rows_TH
 
 
 @dataclass(slots=True)

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 
 from lorimer import __version__
-from lorimer.bases.open import open_base
+from lorimer.bases.open import BaseFiles, open_base
 from lorimer.bases.store import resolve_base
 from lorimer.config import RunConfig, dump_yaml
+from lorimer.data.added import AddedTokens
 from lorimer.data.batch import StepStream
 from lorimer.data.pack import Pack, shared_prefix, split_into_packs
 from lorimer.data.prepare import Prepared, prepare
@@ -47,11 +48,13 @@ from lorimer.lora.adapter import (
     read_adapter,
     save_adapter,
     trainable_line,
+    with_tokens_of,
 )
 from lorimer.lora.layers import LoraDropout
 from lorimer.lora.targets import describe_targets, select_targets
 from lorimer.machine import look, memory
 from lorimer.model.families import why_not_native
+from lorimer.model.grow import added_ids, added_json, added_to, with_tokens
 from lorimer.model.load import check_ids, choose_place, load_decoder
 from lorimer.model.loss import pack_losses
 from lorimer.run import RunFolder, create_run
@@ -194,7 +197,7 @@ class Session:
         self.deadline = None if budget is None else Deadline(seconds_of(budget))
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        self.base = open_base(resolve_base(config.base))
+        self.base = self._open_base()
         self.place = choose_place(config.train.device, config.train.dtype)
         tokenizer = Tokenizer.from_base(self.base)
         self.template = ChatTemplate(self._template_source(), tokenizer)
@@ -203,6 +206,7 @@ class Session:
         self.data: Prepared = prepare(config.data, self.template, seed=config.train.seed)
         for example in self.data.train + self.data.valid:
             check_ids(self.base, example.ids, example.place)
+        self.data.notes += unused_tokens(self.data, self.base)
         self.stream = StepStream(
             rows=len(self.data.train),
             batch_size=config.train.batch_size,
@@ -240,6 +244,20 @@ class Session:
         self.saved_step: int | None = None
         self.profile: Profile | None = None
         self.seconds = {"load": time.perf_counter() - started, "eval": 0.0, "save": 0.0}
+
+    def _open_base(self) -> BaseFiles:
+        """The base, with the tokens that the settings add or that the adapter to start from brings."""
+        base, wanted = open_base(resolve_base(self.config.base)), AddedTokens.of_config(self.config.data)
+        if self.config.lora.adapter is None:
+            return with_tokens(base, wanted)
+        found = with_tokens_of(base, read_adapter(Path(self.config.lora.adapter)))
+        if wanted and wanted != added_to(found):
+            brought = ", ".join(added_to(found).all) or "none"
+            raise ConfigError(
+                f"`data.add_tokens` is not what the adapter in `lora.adapter` was trained with ({brought})",
+                fix="Leave out `data.add_tokens` and `data.add_special_tokens`: an adapter has its own.",
+            )
+        return found
 
     def check_room(self) -> None:
         """Raise ConfigError or StorageError if the time is up already, or the disk too full for what the
@@ -299,9 +317,12 @@ class Session:
             files = read_adapter(Path(config.adapter))
             self.adapter = attach_adapter(decoder, files, fingerprint=self.base.fingerprint())
             names = list(self.adapter.spec.ranks)
-            self.targets = select_targets(decoder, names)
+            self.targets = select_targets(decoder, names) if names else []
         else:
-            self.adapter, self.targets = new_adapter(decoder, config, seed=self.config.train.seed)
+            ids = added_ids(self.base)
+            self.adapter, self.targets = new_adapter(
+                decoder, config, seed=self.config.train.seed, tokens=ids
+            )
         self.model.adapter = self.adapter
         if not self.adapter.parameters:
             raise AdapterError("the adapter has nothing to train")
@@ -435,7 +456,7 @@ class Session:
             "device": str(self.place.device),
             "threads": torch.get_num_threads(),
             "trainable": trainable_line(self.adapter, self.base.parameters),
-            "targets": describe_targets(self.targets, self.model.spec.layers),
+            "targets": describe_targets(self.targets, self.model.spec.layers, self._tables()),
             "r": max(self.adapter.spec.ranks.values(), default=0),
             "alpha": max(self.adapter.spec.alphas.values(), default=0.0),
             "rows": len(self.data.train),
@@ -484,6 +505,15 @@ class Session:
                 self._say(f"  {tick}")
         for note in self.data.notes:
             self._say(note)
+
+    def _tables(self) -> list[str]:
+        """What is trained of embedding and head, as the start panel names it."""
+        spec, added = self.adapter.spec, added_to(self.base)
+        names = [self.model.spec.names.embedding, self.model.spec.names.head]
+        found = [path.rpartition(".")[2] for path in names if path in spec.ranks]
+        if added and spec.tokens:
+            found.append(f"rows of {', '.join(added.all)}")
+        return found
 
     def plan_profile(self, steps: int, run: RunFolder | None) -> None:
         """Explain this many steps; ConfigError, with nothing touched, if there are not so many."""
@@ -681,6 +711,7 @@ class Session:
                 "quant": self.config.quant.model_dump(),
             },
             "template_hash": self.template.hash,
+            "added_tokens": added_json(self.base),
             "data_hash": self.progress.data_hash,
             "run": self.run.path.name,
             "step": self.progress.step,
@@ -807,6 +838,17 @@ class Session:
     def _say(self, text: str) -> None:
         self.run.say(text)
         self.reporter.note(text)
+
+
+def unused_tokens(data: Prepared, base: BaseFiles) -> list[str]:
+    """That added tokens are in no training row: nothing teaches what they mean."""
+    used = {int(number) for row in data.train for number in row.ids}
+    pairs = zip(added_to(base).all, added_ids(base), strict=True)
+    missing = [token for token, number in pairs if number not in used]
+    if not missing:
+        return []
+    are = "is" if len(missing) == 1 else "are"
+    return [f"{', '.join(f'`{token}`' for token in missing)} {are} added and in no training row"]
 
 
 def _places(examples: list[Example]) -> Callable[[Pack], str]:

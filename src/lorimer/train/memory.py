@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, fields
 
-from lorimer.config import QuantConfig
+from lorimer.config import LoraConfig, QuantConfig
 from lorimer.kernels.codes import BLOCKS
-from lorimer.lora.targets import Target
+from lorimer.kernels.reference import HEAD_CHUNK
+from lorimer.lora.layers import saved_paths
+from lorimer.lora.targets import Target, select_tables
+from lorimer.model.decoder import Decoder
 from lorimer.model.foreign_spec import ForeignSpec
 from lorimer.model.load import STRETCH
 from lorimer.model.spec import Group, ModelSpec
@@ -79,6 +82,8 @@ class Shape:
     kept: str | None = None  # for `keep`: the GGUF type that most weights have
     optimizer: str = "adamw"
     recompute: str = "none"
+    tables: int = 0  # numbers trained beside LoRA on layers: of embedding, head and norms
+    head: int = 0  # bytes that the loss of a head takes because the head is trained
 
     def rank(self, group: Group) -> int:
         """The stacked ranks of a group."""
@@ -89,6 +94,17 @@ def ranks_of(targets: list[Target], r: int) -> tuple[dict[str, int], dict[str, i
     """The rank of each adapted module by its path within a layer, and how many layers have it."""
     layers = Counter(target.path.partition(f".{target.layer}.")[2] for target in targets)
     return dict.fromkeys(layers, r), layers
+
+
+def head_bytes(decoder: Decoder, config: LoraConfig, tokens: int) -> int:
+    """What the loss of a trained head makes: logits of some positions, their gradient twice; for one that
+    is trained in full its copy in the activations' type, and its gradient, weighted and not."""
+    rows, columns = decoder.head.weight.shape
+    full = decoder.head.path in saved_paths(decoder, config.modules_to_save)
+    if not full and not tokens and decoder.head not in select_tables(decoder, config.target_modules):
+        return 0
+    some = HEAD_CHUNK * rows * (2 * FLOAT + decoder.dtype.itemsize)
+    return some + full * rows * columns * (2 * FLOAT + decoder.dtype.itemsize)
 
 
 def stored_bytes(rows: int, columns: int, shape: Shape) -> int:
@@ -133,12 +149,12 @@ def layers_bytes(shape: Shape) -> int:
 
 
 def trained_numbers(shape: Shape) -> int:
-    """Numbers in the adapter's flat buffer: each A [r, inputs] and B [outputs, r]."""
+    """Numbers in the adapter's flat buffer: each A [r, inputs] and B [outputs, r], and what else."""
     total = 0
     for group in all_groups(shape.spec):
         for path, count in zip(group.paths, group.rows, strict=True):
             total += shape.layers.get(path, 0) * shape.ranks.get(path, 0) * (group.inputs + count)
-    return total
+    return total + shape.tables
 
 
 def adapter_bytes(shape: Shape) -> int:
@@ -209,7 +225,7 @@ def workspace_bytes(shape: Shape, tokens: int, trained: int) -> int:
         layer += inner * shape.size * tokens
     elif shape.recompute != "none":
         layer += tokens * token_bytes(shape, "none") + AGAIN_TOUCHED
-    return layer + (6 * spec.hidden_size * shape.size + 16) * trained
+    return layer + (6 * spec.hidden_size * shape.size + 16) * trained + shape.head
 
 
 def preflight_bytes(shape: Shape) -> int:

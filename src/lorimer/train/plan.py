@@ -24,15 +24,18 @@ from lorimer.data.batch import StepStream
 from lorimer.data.pack import make_pack, split_into_packs
 from lorimer.data.template import Example
 from lorimer.errors import UserError
+from lorimer.lora.adapter import table_numbers
 from lorimer.lora.targets import select_targets
 from lorimer.machine import memory
 from lorimer.model.families import read_spec, why_not_native
+from lorimer.model.grow import added_ids
 from lorimer.model.load import kept_kind, skeleton
 from lorimer.model.spec import ModelSpec
 from lorimer.train.memory import (
     Memory,
     Shape,
     count,
+    head_bytes,
     parameters,
     ranks_of,
     trained_numbers,
@@ -214,6 +217,8 @@ def make_plan(
         config.quant,
         kept=_most_kept(base),
         optimizer=config.train.optimizer,
+        tables=table_numbers(decoder, config.lora, len(added_ids(base))),
+        head=head_bytes(decoder, config.lora, len(added_ids(base))),
     )
     file_bytes = sum(entry.nbytes for entry in base.tensors.values())
     measure = partial(_memory, load=load, program=program, file_bytes=file_bytes)

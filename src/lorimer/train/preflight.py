@@ -26,7 +26,7 @@ from lorimer.data.prepare import Prepared
 from lorimer.data.template import ChatTemplate, Example
 from lorimer.errors import BaseError, PreflightError, UserError
 from lorimer.generate.model import Model
-from lorimer.lora.layers import Adapter
+from lorimer.lora.layers import OWN_ROWS, Adapter
 from lorimer.lora.stacked import is_expert, parameter_of
 from lorimer.model.load import read_weight
 from lorimer.model.loss import pack_loss, pack_losses
@@ -303,14 +303,14 @@ def _start(subject: Subject) -> str:
 
 
 class _Shaken:
-    """While it is entered each B that is still zero is random, so that A has a gradient too."""
+    """While it is entered each factor that is still zero is random, so that both have a gradient."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
 
     def __enter__(self) -> None:
         named = self.adapter.tensors.items()
-        self.zeros = [tensor for name, tensor in named if ".lora_B." in name and not tensor.any()]
+        self.zeros = [tensor for name, tensor in named if ".lora_" in name and not tensor.any()]
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for tensor in self.zeros:
@@ -344,6 +344,7 @@ def _gradients(subject: Subject) -> str:
         tensors = subject.adapter.tensors.items()
         silent = [name for name, tensor in tensors if tensor.grad is None or not tensor.grad.any()]
     # An expert that none of these few tokens takes has none; its neighbours must.
+    silent = [name for name in silent if not _unseen_rows(name, subject)]
     heard = {parameter_of(name.split(".lora_")[0]) for name, _ in tensors if name not in silent}
     silent = [n for n in silent if not is_expert(p := n.split(".lora_")[0]) or parameter_of(p) not in heard]
     if silent:
@@ -355,15 +356,25 @@ def _gradients(subject: Subject) -> str:
     return f"all {len(subject.adapter.tensors):,} adapter tensors get one"
 
 
+def _unseen_rows(name: str, subject: Subject) -> bool:
+    """Whether these are an embedding's rows of tokens that the few rows looked at do not hold."""
+    table = subject.model.decoder.embedding
+    ids = subject.adapter.spec.tokens.get(table.path, ())
+    seen = np.concatenate([row.ids for row in subject.rows])
+    return name == f"{table.path}.{OWN_ROWS}" and not np.isin(seen, ids).any()
+
+
 def _embeddings(subject: Subject) -> str:
     """Control tokens that the rows use must have been trained: else what they mean is noise."""
     embedding, tokenizer = subject.model.decoder.embedding, subject.model.tokenizer
     if embedding.trained is not None:
         return "they are trained in this run"
     used = np.unique(np.concatenate([row.ids for row in subject.data.train]))
-    special = [int(number) for number in used if tokenizer.is_special(int(number))]
+    added = {number for ids in subject.adapter.spec.tokens.values() for number in ids}
+    special = [int(n) for n in used if tokenizer.is_special(int(n)) and int(n) not in added]
+    here = f"{len(added.intersection(used.tolist()))} added tokens in use are trained in this run"
     if not special:
-        return "no row uses a control token"
+        return here if added else "no row uses a control token"
     device = subject.model.decoder.device
     ordinary = [int(number) for number in used[:2000] if int(number) not in set(special)]
     norms = embedding.weight.rows(torch.tensor(special, device=device)).float().norm(dim=1)
@@ -376,7 +387,8 @@ def _embeddings(subject: Subject) -> str:
             f"{len(bad)} control tokens in the rows have an embedding that was never trained: {names}",
             "Add `embed_tokens` to `lora.modules_to_save`, or use a template with tokens of the base.",
         )
-    return f"{len(special)} control tokens in use have trained embeddings"
+    text = f"{len(special)} control tokens in use have trained embeddings"
+    return f"{text}, {here}" if added else text
 
 
 def _leaks(subject: Subject) -> str:
