@@ -202,8 +202,8 @@ PLANTS = (
     ),
     Plant(
         (53,), "the update is added in the written type", "lora/merge.py",
-        "        value = trained_weight(base, spec, name, quant).float()\n        merged",
-        "        value = trained_weight(base, spec, name, quant).to(dtype)\n        merged",
+        "        value = trained_weight(base, spec, stored, quant).float()\n        merged",
+        "        value = trained_weight(base, spec, stored, quant).to(dtype)\n        merged",
     ),
     Plant(
         (56,), "YaRN interpolates every feature", "model/rope.py",

@@ -7,7 +7,7 @@ from collections import Counter
 import gguf
 import pytest
 
-from lorimer.export.mix import FILE_TYPES, tensor_type, use_more_bits
+from lorimer.export.mix import FILE_TYPES, Mix, use_more_bits
 
 
 def test_file_types_are_llama_cpps_numbers() -> None:
@@ -69,12 +69,12 @@ CASES = [
 def test_the_type_of_a_tensor(
     name: str, shape: tuple[int, ...], kind: str, tied: bool, wanted: str
 ) -> None:
-    assert tensor_type(name, shape, kind, layers=32, tied=tied) == wanted
+    assert Mix(kind, 32, tied).type_of(name, shape) == wanted
 
 
 def test_the_70b_model_gets_more_bits_for_its_small_attn_v() -> None:
     types = Counter(
-        tensor_type(f"blk.{layer}.attn_v.weight", (1024, 8192), "q4_k_m", layers=80, tied=False)
+        Mix("q4_k_m", 80, tied=False).type_of(f"blk.{layer}.attn_v.weight", (1024, 8192))
         for layer in range(80)
     )
     assert types == {"Q5_K": 40, "Q6_K": 40}
@@ -87,7 +87,7 @@ def test_the_types_that_llama_cpp_gave_smollm2() -> None:
         "ffn_gate": (1536, 576), "ffn_up": (1536, 576), "ffn_down": (576, 1536),
     }  # fmt: skip
     types = Counter(
-        tensor_type(f"blk.{layer}.{part}.weight", shape, "q4_k_m", layers=30, tied=True)
+        Mix("q4_k_m", 30, tied=True).type_of(f"blk.{layer}.{part}.weight", shape)
         for layer in range(30)
         for part, shape in shapes.items()
     )

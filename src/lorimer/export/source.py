@@ -21,8 +21,9 @@ from lorimer.lora.adapter import AdapterFiles, alpha_of, check_base, is_adapter,
 from lorimer.lora.layers import LoraSpec
 from lorimer.lora.merge import embedding_name, head_name
 from lorimer.model.families import read_spec
+from lorimer.model.load import stored_shape
+from lorimer.model.order import adapted_module
 from lorimer.model.spec import ModelSpec
-from lorimer.quant.bnb import stored_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +93,10 @@ def _update_of(adapter: AdapterFiles, base: BaseFiles, spec: ModelSpec) -> FileU
     """The update, each tensor checked against the weight that it changes."""
     suffix = ".lora_A.weight"
     paths = [name.removesuffix(suffix) for name in adapter.tensors if name.endswith(suffix)]
+    shapes = _module_shapes(base, spec)
     for path in paths:
         down, up = adapter.tensors[path + suffix], adapter.tensors.get(f"{path}.lora_B.weight")
-        name = f"{path}.weight"
-        shape = stored_shape(base, name) if name in base.tensors else None
-        if shape is None or up is None or (up.shape[0], *down.shape[1:]) != shape:
+        if up is None or (up.shape[0], *down.shape[1:]) != shapes.get(path):
             raise _misfit(adapter, f"{path}.weight")
     head, embedding = (adapter.tensors.get(n) for n in (head_name(spec), embedding_name(spec)))
     for name, tensor in adapter.tensors.items():
@@ -112,6 +112,17 @@ def _update_of(adapter: AdapterFiles, base: BaseFiles, spec: ModelSpec) -> FileU
         tie=spec.tied_head and head is not None and embedding is not None and head.equal(embedding),
     )
     return FileUpdate(lora, adapter.tensors)
+
+
+def _module_shapes(base: BaseFiles, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Outputs and inputs of every module that a LoRA may change."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in base.tensors:
+        if name.endswith(".weight"):
+            module, _, parts = adapted_module(spec, name)
+            rows, *inputs = stored_shape(base, spec, name)
+            found[module] = parts * rows, *inputs
+    return found
 
 
 def _misfit(adapter: AdapterFiles, name: str) -> AdapterError:

@@ -56,8 +56,13 @@ def weight_order(spec: ModelSpec, name: str) -> Tensor | None:
 
 def file_order(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor | None:
     """Row i of a weight or bias in Hugging Face's order is row order[i] of this base's file."""
+    return gguf_order(spec, name) if base.kind == "gguf" else None
+
+
+def gguf_order(spec: ModelSpec, name: str) -> Tensor | None:
+    """The same of any GGUF file of this model."""
     module = _module(spec, name)
-    if base.kind != "gguf" or module not in spec.names.qkv:
+    if module not in spec.names.qkv:
         return None
     if spec.grouped_rows:
         return _ungrouped(spec).argsort()
