@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from data.hard_strings import CONFIG, CONTROLS, KINDS, NUMERIC, PLAIN
 from gguf_families import settings, write_family
+from gguf_files import write_model
 from lorimer.bases.gguf import GgufFile
 from lorimer.bases.open import BaseFiles, open_base
+from lorimer.data.tokenizer import Tokenizer
+from lorimer.errors import BaseError
 from lorimer.export.gguf import export_gguf
 from lorimer.export.gguf_lora import export_gguf_lora
 from lorimer.export.source import Source, open_source
@@ -27,7 +32,7 @@ from lorimer.model.load import load_decoder, read_weight
 from lorimer.model.order import is_transposed
 from lorimer.quant.gguf_blocks import dequantise
 from lorimer.quant.gguf_encode import encode
-from small_base import write_chat_base
+from small_base import CHATML, write_chat_base
 from tiny import FP32, Tiny, difference, hf_logits, our_logits, random_rows
 
 Make = Callable[..., Any]
@@ -244,3 +249,84 @@ def checked(source: Source, mine: BaseFiles) -> Iterator[tuple[str, Tensor]]:
         if entry.dtype != "F32":
             assert found.equal(dequantise(encode(value, entry.dtype), entry.dtype, tuple(value.shape)))
         yield weight, (found.t() if is_transposed(source.spec, weight) else found).contiguous()
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no architecture": ("opt", {}, "llama.cpp has no architecture for `opt`"),
+    "a query scale": ("gemma2", TIED, "its `attention_scale` is 0.37"),
+    "a head of its own": ("cohere", {}, "takes the embedding for the head"),
+    "experts that do not add up": (
+        "qwen3_moe",
+        {"mlp_only_layers": [], "norm_topk_prob": False},
+        "its `experts` is",
+    ),
+    "layers without a mixture": ("qwen3_moe", {}, "its `experts` is"),
+    "other layers that do not turn": ("smollm3", {}, "its `turns` is"),
+    "other layers with a window": ("cohere2", TIED | {"head_dim": 6}, "its `turns` is"),
+    "no place for a bias": ("qwen3", {"attention_bias": True}, r"no place for the bias `.*_proj\.bias`"),
+    "biases that are wanted": ("gpt_neox", {"attention_bias": False}, "its `qkv_bias` is False"),
+    "a rope": ("qwen2", {"rope_scaling": LLAMA3}, "rope scaling `llama3`"),
+    "scores that are not scaled": ("gpt2", {"scale_attn_weights": False}, "its `attention_scale` is 1.0"),
+    "an activation": ("llama", {"hidden_act": "gelu"}, "its `activation` is gelu"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_llama_cpp_cannot_say_is_refused(what: str, tmp_path: Path) -> None:
+    family, base, words = REFUSED[what]
+    source = open_source(str(write_chat_base(tmp_path / "base", family, **base)))
+    with pytest.raises(BaseError, match=words) as caught:
+        export_gguf(source, tmp_path / "a.gguf", "f32")
+    assert "--to merged" in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+VOCABULARIES = {
+    "gemma2": ("gemma", CASES["gemma2"][1]),
+    "phi3": ("prepend", {}),
+    "mixtral": ("metaspace always", CASES["mixtral"][1]),
+    "llama": ("llama 3", {}),
+    "gpt2": ("byte level", TIED),
+}
+
+
+@pytest.mark.parametrize("family", VOCABULARIES)
+def test_ids_and_template_are_the_folders_for_each_kind_of_vocabulary(family: str, tmp_path: Path) -> None:
+    kind, base = VOCABULARIES[family]
+    text = KINDS[kind]()
+    before = Tokenizer(text, CONFIG)
+    folder = write_chat_base(tmp_path / "base", family, **wide(family, base), vocab_size=before.vocab_size)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    file = open_base(export_gguf(open_source(str(folder)), tmp_path / "a.gguf", "q4_k_m").path)
+    after = Tokenizer.from_base(file)
+    for line in PLAIN + NUMERIC:
+        if not line.startswith((" ", "▁")) and not (kind == "gemma" and "▁" in line):
+            assert after.encode_content(line) == before.encode_content(line), line
+    assert [after.id(token) for token in CONTROLS] == [before.id(token) for token in CONTROLS]
+    assert file.chat_template == CHATML
+    assert load_decoder(file, FP32).spec.family == family
+
+
+def test_a_file_that_has_query_key_and_value_as_one_gets_factors_of_the_one(
+    tmp_path: Path, make: Make
+) -> None:
+    """Rows of the three side by side, and nothing where a module has no adapter."""
+    path = write_model(tmp_path / "base.gguf", fused=True)
+    source, _ = make(base=path, target_modules=["q_proj", "v_proj", "up_proj"])
+    factors = numbers(export_gguf_lora(source, tmp_path / "lora.gguf").path)
+    assert {name.removesuffix(".lora_a") for name in factors if name.endswith("a")} == {
+        "blk.0.attn_qkv.weight",
+        "blk.0.ffn_up.weight",
+    }
+    down, up = factors["blk.0.attn_qkv.weight.lora_a"], factors["blk.0.attn_qkv.weight.lora_b"]
+    assert (down.shape, up.shape) == ((6, 256), (512, 6))
+    assert not up[256:384].any()
+    merged = export_gguf(source, tmp_path / "merged.gguf", "f32").path
+    alpha = GgufFile(tmp_path / "lora.gguf").metadata["adapter.lora.alpha"]
+    whole = numbers(path)["blk.0.attn_qkv.weight"] + alpha / 6 * (up @ down)
+    np.testing.assert_allclose(whole, numbers(merged)["blk.0.attn_qkv.weight"], atol=1e-5)

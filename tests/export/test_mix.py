@@ -72,6 +72,37 @@ def test_the_type_of_a_tensor(
     assert Mix(kind, 32, tied).type_of(name, shape) == wanted
 
 
+SPECIAL = [
+    # name, kind, architecture, experts, wanted
+    ("blk.0.attn_qkv.weight", "q4_k_m", "gpt2", 0, "Q6_K"),
+    ("blk.4.attn_qkv.weight", "q4_k_m", "gpt2", 0, "Q4_K"),
+    ("blk.0.ffn_down.weight", "q4_k_m", "falcon", 0, "Q6_K"),
+    ("blk.2.ffn_down.weight", "q4_k_m", "falcon", 0, "Q5_K"),
+    ("blk.2.ffn_down.weight", "q5_k_m", "falcon", 0, "Q6_K"),
+    ("blk.4.ffn_down.weight", "q4_k_m", "falcon", 0, "Q4_K"),
+    ("output.weight", "q4_k_m", "falcon", 0, "Q8_0"),
+    ("blk.4.attn_k.weight", "q4_0", "llama", 8, "Q8_0"),
+    ("blk.4.attn_v.weight", "q4_k_m", "llama", 8, "Q8_0"),
+    ("blk.4.attn_output.weight", "q4_k_m", "llama", 8, "Q5_K"),
+    ("blk.4.attn_output.weight", "q5_k_m", "llama", 8, "Q5_K"),
+    ("blk.4.attn_output.weight", "q4_0", "llama", 8, "Q4_0"),
+    ("blk.4.attn_k.weight", "q4_k_m", "qwen3moe", 128, "Q4_K"),
+    ("blk.6.ffn_down_exps.weight", "q4_k_m", "qwen3moe", 128, "Q6_K"),
+    ("blk.6.ffn_up_exps.weight", "q4_k_m", "qwen3moe", 128, "Q4_K"),
+    ("blk.6.ffn_gate_inp.weight", "q8_0", "qwen3moe", 128, "F32"),
+    ("position_embd.weight", "f16", "gpt2", 0, "F32"),
+    ("blk.0.attn_q_norm.weight", "q8_0", "stablelm", 0, "F32"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "architecture", "experts", "wanted"), SPECIAL)
+def test_what_architectures_have_of_their_own(
+    name: str, kind: str, architecture: str, experts: int, wanted: str
+) -> None:
+    mix = Mix(kind, 32, False, architecture, experts)
+    assert mix.type_of(name, (experts, *WIDE) if "_exps" in name else WIDE) == wanted
+
+
 def test_the_70b_model_gets_more_bits_for_its_small_attn_v() -> None:
     types = Counter(
         Mix("q4_k_m", 80, tied=False).type_of(f"blk.{layer}.attn_v.weight", (1024, 8192))
