@@ -67,6 +67,9 @@ def tensors(tiny: Tiny) -> Iterator[tuple[str, Tensor]]:
         if ".experts." in name:
             stacks.setdefault(stack_name(name), []).append(value)
             continue
+        if ".norms." in name:
+            stacks.setdefault(name.partition(".norms.")[0] + ".weight", []).append(value)
+            continue
         if kind in PAIRED and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(value.shape)

@@ -61,9 +61,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2, tied": ("olmo2", TIED),
     "granite": ("granite", {"head_dim": 6}),
     "cohere": ("cohere", TIED),
+    "cohere, heads normed": ("cohere", TIED | {"use_qk_norm": True, "num_hidden_layers": 64}),
     "cohere2": ("cohere2", TIED | {"layer_types": None, "num_hidden_layers": 5, "head_dim": 6}),
     "stablelm": ("stablelm", {}),
     "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
+    "stablelm, heads normed": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "starcoder2": ("starcoder2", TIED | {"sliding_window": None}),
     "gpt2": ("gpt2", TIED),
     "gpt_neox": ("gpt_neox", {}),
@@ -220,7 +222,9 @@ def wide(family: str, base: dict[str, Any]) -> dict[str, Any]:
     return base | SIZES | head
 
 
-QUANTISED = [name for name in CASES if name not in ("olmo2, tied", "gpt_neox in turn", "falcon one norm")]
+# Command R+ has 64 layers.
+BESIDE = ("olmo2, tied", "gpt_neox in turn", "falcon one norm", "cohere, heads normed")
+QUANTISED = [name for name in CASES if name not in BESIDE]
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -269,6 +273,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "other layers with a window": ("cohere2", TIED | {"head_dim": 6}, "its `turns` is"),
     "no place for a bias": ("qwen3", {"attention_bias": True}, r"no place for the bias `.*_proj\.bias`"),
     "biases that are wanted": ("gpt_neox", {"attention_bias": False}, "its `qkv_bias` is False"),
+    "heads normed, few layers": ("cohere", TIED | {"use_qk_norm": True}, "its `qk_norm` is own"),
     "a rope": ("qwen2", {"rope_scaling": LLAMA3}, "rope scaling `llama3`"),
     "scores that are not scaled": ("gpt2", {"scale_attn_weights": False}, "its `attention_scale` is 1.0"),
     "an activation": ("llama", {"hidden_act": "gelu"}, "its `activation` is gelu"),

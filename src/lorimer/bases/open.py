@@ -268,7 +268,8 @@ class GgufBase(BaseFiles):
                 raise BaseError(f"`{piece.name}` is {entry.dtype} (wanted: F32)", path=self.path)
             # Exact wherever it was added in float32: adding it again gives what the file has.
             return (raw.view("<f4") - np.float32(added)).view(np.uint8)
-        first = piece.first * (entry.nbytes // _rows(entry.shape))
+        whole = self._file.tensors[piece.name]
+        first = piece.first * (whole.nbytes // _rows(whole.shape))
         return raw[first : first + entry.nbytes]
 
     def stacks(self) -> dict[str, list[str]]:
@@ -280,7 +281,7 @@ class GgufBase(BaseFiles):
 
     def _entry(self, piece: Piece) -> TensorEntry:
         whole = self._file.tensors[piece.name]
-        nbytes = whole.nbytes // _rows(whole.shape) * _rows(piece.shape)
+        nbytes = whole.nbytes * int(np.prod(piece.shape)) // int(np.prod(whole.shape))
         return whole._replace(shape=piece.shape, nbytes=nbytes)
 
     def _numbers(self, name: str) -> list[float]:

@@ -24,6 +24,8 @@ from lorimer.model.rope import frequencies
 from lorimer.model.spec import ModelSpec, RopeSpec
 
 Keys = dict[str, Any]
+# From so many on llama.cpp takes a Command R for one whose query and key are normed.
+LAYERS_PLUS = 64
 
 
 def model_keys(source: Source) -> Keys:
@@ -152,6 +154,9 @@ def check_meaning(
         differ.append(("tied_head", HEAD not in shapes, found.tied_head))
     if row.biased and not wanted.qkv_bias:
         differ.append(("qkv_bias", False, True))
+    # Command R+ is known by its layers.
+    if named == "command-r" and (wanted.layers >= LAYERS_PLUS) != bool(wanted.qk_norm):
+        differ.append(("qk_norm", wanted.qk_norm, "own" if wanted.layers >= LAYERS_PLUS else ""))
     for name, mine, theirs in differ:
         raise BaseError(
             f"a GGUF file cannot say what this model is: its `{name}` is {_short(mine)}, and llama.cpp's "
@@ -162,7 +167,7 @@ def check_meaning(
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = str(value) or "none"
     return text if len(text) < 60 else f"{text[:60]}..."
 
 

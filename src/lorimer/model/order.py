@@ -27,10 +27,16 @@ def stack_order(spec: ModelSpec) -> Tensor | None:
     if spec.grouped_rows:
         order = _ungrouped(spec)
     if spec.rope_pairs:
-        turning, size = order[: query + key].view(-1, spec.head_dim), spec.rope.dimensions
-        turning = torch.cat([turning[:, :size:2], turning[:, 1:size:2], turning[:, size:]], 1)
+        turning = order[: query + key].view(-1, spec.head_dim)
+        turning = turning[:, pairs_apart(spec.head_dim, spec.rope.dimensions)]
         order = torch.cat([turning.flatten(), order[query + key :]])
     return None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def pairs_apart(size: int, turning: int) -> Tensor:
+    """The features of a head of which 2i and 2i + 1 turn together, as i and i + D/2."""
+    features = torch.arange(size)
+    return torch.cat([features[:turning:2], features[1:turning:2], features[turning:]])
 
 
 def _ungrouped(spec: ModelSpec) -> Tensor:
