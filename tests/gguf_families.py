@@ -67,6 +67,9 @@ def tensors(tiny: Tiny) -> Iterator[tuple[str, Tensor]]:
         if ".experts." in name:
             stacks.setdefault(stack_name(name), []).append(value)
             continue
+        if ".norms." in name:
+            stacks.setdefault(name.partition(".norms.")[0] + ".weight", []).append(value)
+            continue
         if kind in PAIRED and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(value.shape)
@@ -117,9 +120,10 @@ def settings(config: Any) -> dict[str, Any]:
         found["rope.freq_base"] = float(whole["rope_theta"])
     if kind in NO_KV_HEADS:
         del found["attention.head_count_kv"]
-    if kind in ("phi3", "stablelm", "gpt_neox", "phi"):
+    if kind in ("phi3", "stablelm", "gpt_neox", "phi", "glm4"):
         share = whole.get("partial_rotary_factor", 1.0)
-        found["rope.dimension_count"] = int(share * (config.hidden_size // config.num_attention_heads))
+        size = values.get("head_dim") or config.hidden_size // config.num_attention_heads
+        found["rope.dimension_count"] = int(share * size)
     if whole.get("rope_type") == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(whole["factor"])}
     found |= OWN.get(kind, lambda _: {})(config)

@@ -202,8 +202,8 @@ PLANTS = (
     ),
     Plant(
         (53,), "the update is added in the written type", "lora/merge.py",
-        "        value = trained_weight(base, spec, name, quant).float()\n        merged",
-        "        value = trained_weight(base, spec, name, quant).to(dtype)\n        merged",
+        "        value = trained_weight(base, spec, stored, quant).float()\n        merged",
+        "        value = trained_weight(base, spec, stored, quant).to(dtype)\n        merged",
     ),
     Plant(
         (56,), "YaRN interpolates every feature", "model/rope.py",
@@ -287,7 +287,7 @@ PLANTS = (
     ),
     Plant(
         (36,), "modules are saved by their names, whichever layers they are in", "lora/adapter.py",
-        "    if product != chosen:\n", "    if False:\n",
+        "    if product != chosen or", "    if False and",
     ),
     Plant(
         (47,), "a layer is computed again only for inputs that have gradients", "model/recompute.py",

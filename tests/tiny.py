@@ -117,7 +117,7 @@ def make_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: 
     with torch.no_grad():
         for name, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
-            if value.dim() > 1:
+            if value.dim() > 1 and "norm" not in name:
                 value.copy_(noise * value.shape[-1] ** -0.5 * (5 if "embed" in name else 1))
             else:
                 value.copy_(0.3 * noise + (1 if "norm" in name else 0))

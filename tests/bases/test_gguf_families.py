@@ -58,9 +58,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {"head_dim": 6}),
     "cohere": ("cohere", TIED),
+    "cohere, heads normed": ("cohere", TIED | {"use_qk_norm": True}),
     "cohere2": ("cohere2", TIED | {"layer_types": None, "num_hidden_layers": 5, "head_dim": 6}),
     "stablelm": ("stablelm", {}),
     "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
+    "stablelm, heads normed": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "starcoder2": ("starcoder2", TIED | {"sliding_window": None}),
     "gpt2": ("gpt2", TIED),
     "gpt_neox": ("gpt_neox", {}),
@@ -73,6 +75,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("mixtral", {"sliding_window": None}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
+    "glm4": ("glm4", {"tie_word_embeddings": False}),
 }
 # Settings that say nothing about what is computed, or that GPT-2's and StableLM's configs do not know.
 BESIDE = {
@@ -140,8 +143,6 @@ def assert_same_ropes(mine: dict[str, Any], wanted: dict[str, Any], size: int) -
 @pytest.mark.parametrize("named", ARCHITECTURES)
 def test_the_names_are_those_of_the_gguf_package(named: str) -> None:
     row = ARCHITECTURES[named]
-    if named == "mistral":
-        pytest.skip("llama.cpp calls it llama")
     names = name_map(row.model_type, 4)
     known = set()
     for short, long in {**row.top, **row.layer}.items():
@@ -174,6 +175,7 @@ REQUIRED: dict[str, set[str]] = {
     "gpt2": {"position_embd", "attn_norm", "attn_qkv", "ffn_norm", "ffn_up", "ffn_down"},
     "gptneox": {"attn_norm", "attn_qkv", "ffn_norm", "ffn_up", "ffn_down", "output"},
     "falcon": {"attn_norm", "attn_qkv", "ffn_up", "ffn_down"},
+    "glm4": {"post_attention_norm", "ffn_norm", "post_ffw_norm", "attn_q", "ffn_up", "ffn_down"},
 }
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import gguf
 import pytest
 
-from lorimer.export.mix import FILE_TYPES, tensor_type, use_more_bits
+from lorimer.export.mix import FILE_TYPES, Mix, use_more_bits
 
 
 def test_file_types_are_llama_cpps_numbers() -> None:
@@ -69,12 +69,43 @@ CASES = [
 def test_the_type_of_a_tensor(
     name: str, shape: tuple[int, ...], kind: str, tied: bool, wanted: str
 ) -> None:
-    assert tensor_type(name, shape, kind, layers=32, tied=tied) == wanted
+    assert Mix(kind, 32, tied).type_of(name, shape) == wanted
+
+
+SPECIAL = [
+    # name, kind, architecture, experts, wanted
+    ("blk.0.attn_qkv.weight", "q4_k_m", "gpt2", 0, "Q6_K"),
+    ("blk.4.attn_qkv.weight", "q4_k_m", "gpt2", 0, "Q4_K"),
+    ("blk.0.ffn_down.weight", "q4_k_m", "falcon", 0, "Q6_K"),
+    ("blk.2.ffn_down.weight", "q4_k_m", "falcon", 0, "Q5_K"),
+    ("blk.2.ffn_down.weight", "q5_k_m", "falcon", 0, "Q6_K"),
+    ("blk.4.ffn_down.weight", "q4_k_m", "falcon", 0, "Q4_K"),
+    ("output.weight", "q4_k_m", "falcon", 0, "Q8_0"),
+    ("blk.4.attn_k.weight", "q4_0", "llama", 8, "Q8_0"),
+    ("blk.4.attn_v.weight", "q4_k_m", "llama", 8, "Q8_0"),
+    ("blk.4.attn_output.weight", "q4_k_m", "llama", 8, "Q5_K"),
+    ("blk.4.attn_output.weight", "q5_k_m", "llama", 8, "Q5_K"),
+    ("blk.4.attn_output.weight", "q4_0", "llama", 8, "Q4_0"),
+    ("blk.4.attn_k.weight", "q4_k_m", "qwen3moe", 128, "Q4_K"),
+    ("blk.6.ffn_down_exps.weight", "q4_k_m", "qwen3moe", 128, "Q6_K"),
+    ("blk.6.ffn_up_exps.weight", "q4_k_m", "qwen3moe", 128, "Q4_K"),
+    ("blk.6.ffn_gate_inp.weight", "q8_0", "qwen3moe", 128, "F32"),
+    ("position_embd.weight", "f16", "gpt2", 0, "F32"),
+    ("blk.0.attn_q_norm.weight", "q8_0", "stablelm", 0, "F32"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "architecture", "experts", "wanted"), SPECIAL)
+def test_what_architectures_have_of_their_own(
+    name: str, kind: str, architecture: str, experts: int, wanted: str
+) -> None:
+    mix = Mix(kind, 32, False, architecture, experts)
+    assert mix.type_of(name, (experts, *WIDE) if "_exps" in name else WIDE) == wanted
 
 
 def test_the_70b_model_gets_more_bits_for_its_small_attn_v() -> None:
     types = Counter(
-        tensor_type(f"blk.{layer}.attn_v.weight", (1024, 8192), "q4_k_m", layers=80, tied=False)
+        Mix("q4_k_m", 80, tied=False).type_of(f"blk.{layer}.attn_v.weight", (1024, 8192))
         for layer in range(80)
     )
     assert types == {"Q5_K": 40, "Q6_K": 40}
@@ -87,7 +118,7 @@ def test_the_types_that_llama_cpp_gave_smollm2() -> None:
         "ffn_gate": (1536, 576), "ffn_up": (1536, 576), "ffn_down": (576, 1536),
     }  # fmt: skip
     types = Counter(
-        tensor_type(f"blk.{layer}.{part}.weight", shape, "q4_k_m", layers=30, tied=True)
+        Mix("q4_k_m", 30, tied=True).type_of(f"blk.{layer}.{part}.weight", shape)
         for layer in range(30)
         for part, shape in shapes.items()
     )

@@ -195,6 +195,33 @@ def test_norm_heads(kernels: str, whole: bool, trained: bool) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["native", "reference"])
+def test_norm_heads_by_weights_of_their_own(kernels: str) -> None:
+    """3 query heads, 2 key/value heads of 4: LayerNorms without bias."""
+    heads = Heads(3, 2, 4)
+    x, grad = randn(5, 28, seed=1).requires_grad_(), randn(5, 28, seed=2)
+    weights = [1 + 0.3 * randn(count, 4, seed=count) for count in (3, 2)]
+    wide = x.detach().double().requires_grad_()
+    *sides, value = (part.unflatten(1, (-1, 4)) for part in wide.split([12, 8, 8], 1))
+    exact = [
+        torch.nn.functional.layer_norm(side, (4,), eps=1e-3) * weight.double()
+        for side, weight in zip(sides, weights, strict=True)
+    ]
+    wanted = torch.cat([part.flatten(1) for part in (*exact, value)], 1)
+    wanted.backward(grad.double())
+    query, key = (Norm(weight, 1e-3, layer=True) for weight in weights)
+    with library.using(library.REFERENCE) if kernels == "reference" else nullcontext():
+        output = dispatch.norm_heads(x, heads, HeadNorms(query, key, own=True))
+        output.backward(grad)
+        with torch.no_grad():
+            assert torch.equal(
+                dispatch.norm_heads(x.clone(), heads, HeadNorms(query, key, own=True)), output
+            )
+    assert difference(output.detach(), wanted.detach()) < 1e-6
+    assert x.grad is not None
+    assert difference(x.grad, wide.grad) < 3e-6
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"])
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_add_normed(kernels: str, layer: bool, trained: bool) -> None:

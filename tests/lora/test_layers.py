@@ -105,6 +105,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma, embedding": ("gemma", {}, {"r": 2, "modules_to_save": ["embed_tokens"]}),
     "gpt2, positions": ("gpt2", {}, {"r": 2, "modules_to_save": ["wpe", "wte"]}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}, {"r": 3, "alpha": 5}),
+    "cohere, heads normed": ("cohere", {"use_qk_norm": True}, {"r": 3, "alpha": 5}),
+    "stablelm, heads normed": ("stablelm", {"qk_layernorm": True}, {"r": 3, "alpha": 5}),
 } | {family: (family, {}, {"r": 3, "alpha": 5}) for family in FAMILIES if family != "qwen3_moe"}
 
 

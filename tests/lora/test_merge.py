@@ -64,6 +64,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3, norms": ("qwen3", {}, {"r": 2, "modules_to_save": ["norm", "k_norm"], "layers": "last:1"}),
     "embedding and head": ("llama", {}, {"r": 2, "modules_to_save": ["embed_tokens", "lm_head"]}),
     "tied, embedding and head as one": ("qwen2", TIED, {"r": 2, "modules_to_save": ["lm_head"]}),
+    "cohere, heads normed": ("cohere", {"use_qk_norm": True}, {"r": 2}),
+    "stablelm, heads normed": ("stablelm", {"qk_layernorm": True}, {"r": 2}),
 } | {family: (family, {}, {"r": 3, "alpha": 5}) for family in FAMILIES[4:]}
 
 

@@ -13,7 +13,7 @@ from gguf_files import write_model
 from lorimer.bases.open import open_base
 from lorimer.config import QuantConfig
 from lorimer.errors import BaseError, UserError
-from lorimer.model.load import load_decoder, read_weight
+from lorimer.model.load import load_decoder, read_weight, trained_weight
 from lorimer.quant.linear import DenseLinear, QuantLinear
 from lorimer.quant.part import whole
 from lorimer.quant.storage import numbers, quantise
@@ -106,3 +106,12 @@ def test_a_weight_that_is_not_finite_is_named(bad: float, kind: str, tmp_path: P
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseError, match=r"layers\.2\.mlp\.down_proj\.weight` holds NaN or infinity"):
         load_decoder(open_base(folder), FP32, QuantConfig(kind=kind))
+
+
+def test_norms_of_heads_are_no_projections(tmp_path: Path) -> None:
+    """A matrix in the files, which is not quantised."""
+    tiny = make_tiny(tmp_path, "cohere", use_qk_norm=True)
+    name = "model.layers.0.self_attn.q_norm.weight"
+    kept = trained_weight(tiny.base, tiny.decoder.spec, name, QuantConfig(kind="nf4"))
+    assert torch.equal(kept, read_weight(tiny.base, tiny.decoder.spec, name))
+    assert kept.dim() == 2

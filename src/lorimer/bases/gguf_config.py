@@ -141,7 +141,7 @@ def read_config(reading: Reading) -> Config:
 def _check_rows(r: Reading) -> None:
     """Sizes in the metadata are believed only if the first layer has them: memory is taken by them."""
     query, keys, _ = r.qkv_rows
-    units = 2 if r.row.model_type == "phi3" else 1
+    units = 2 if r.row.layer["ffn_up"].endswith("gate_up_proj") else 1
     wanted = {"attn_q": query, "attn_k": keys, "attn_qkv": query + 2 * keys, "ffn_up": units * r.inner}
     for name, rows in wanted.items():
         shape = r.shapes.get(f"blk.0.{name}.weight")
@@ -237,6 +237,10 @@ def _phi3(r: Reading) -> Config:
         "original_max_position_embeddings": int(original),
         "sliding_window": r.get("attention.sliding_window") or None,  # 0 stands for none
     }
+
+
+def _glm4(r: Reading) -> Config:
+    return {"partial_rotary_factor": r.rotary_share}
 
 
 def _experts(r: Reading) -> Config:
@@ -372,4 +376,5 @@ OWN_SETTINGS: dict[str, Callable[[Reading], Config]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "falcon": _falcon,
+    "glm4": _glm4,
 }

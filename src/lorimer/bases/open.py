@@ -262,10 +262,10 @@ class GgufBase(BaseFiles):
                 path=path,
             )
         shapes = {name: entry.shape for name, entry in self._file.tensors.items()}
-        self._row = architecture_of(str(metadata.get("general.architecture")), shapes)
-        reading = Reading(self._row, metadata, shapes, self._numbers)
+        self.row = architecture_of(str(metadata.get("general.architecture")), shapes)
+        reading = Reading(self.row, metadata, shapes, self._numbers)
         self.config = self._config(reading)
-        self._pieces = pieces(self._row, shapes, reading.qkv_rows)
+        self._pieces = pieces(self.row, shapes, reading.qkv_rows)
         self.tensors = {name: self._entry(piece) for name, piece in self._pieces.items()}
         self.tokenizer_config = {}
         self.generation_config = self._end_tokens(metadata)
@@ -276,17 +276,25 @@ class GgufBase(BaseFiles):
         """The tensor's bytes as they lie in the file; norms to which llama.cpp added 1, without it."""
         piece, entry = self._pieces[name], self.tensors[name]
         raw = self._file.raw(piece.name)
-        if self._row.norm_offset and piece.name.endswith("norm.weight"):
+        if added := self.row.added(piece.name):
             if entry.dtype != "F32":
                 raise BaseError(f"`{piece.name}` is {entry.dtype} (wanted: F32)", path=self.path)
             # Exact wherever it was added in float32: adding it again gives what the file has.
-            return (raw.view("<f4") - np.float32(self._row.norm_offset)).view(np.uint8)
-        first = piece.first * (entry.nbytes // _rows(entry.shape))
+            return (raw.view("<f4") - np.float32(added)).view(np.uint8)
+        whole = self._file.tensors[piece.name]
+        first = piece.first * (whole.nbytes // _rows(whole.shape))
         return raw[first : first + entry.nbytes]
+
+    def stacks(self) -> dict[str, list[str]]:
+        """The tensors of the file, and the model's tensors that each holds, in order."""
+        found: dict[str, dict[int, str]] = {}
+        for name, piece in self._pieces.items():
+            found.setdefault(piece.name, {})[piece.first] = name
+        return {name: [parts[first] for first in sorted(parts)] for name, parts in found.items()}
 
     def _entry(self, piece: Piece) -> TensorEntry:
         whole = self._file.tensors[piece.name]
-        nbytes = whole.nbytes // _rows(whole.shape) * _rows(piece.shape)
+        nbytes = whole.nbytes * int(np.prod(piece.shape)) // int(np.prod(whole.shape))
         return whole._replace(shape=piece.shape, nbytes=nbytes)
 
     def _numbers(self, name: str) -> list[float]:

@@ -67,7 +67,7 @@ def export(
     if to == "bnb":
         _bnb(source, what, out, DEFAULTS[to] if type is None else type, as_json=json_)
         return
-    kind = DEFAULTS[to] if type is None else type
+    kind = DEFAULTS[to] if type is None else type.lower()
     target = out or _default(what, source, f"{kind}.gguf" if to == "gguf" else "lora.gguf")
     report = (export_gguf if to == "gguf" else export_gguf_lora)(source, target, kind)
     commands = _commands(source, report, alone=to == "gguf")

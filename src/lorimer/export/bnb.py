@@ -15,7 +15,7 @@ from lorimer.config import QuantConfig
 from lorimer.errors import UserError
 from lorimer.export.source import Source
 from lorimer.lora.merge import ShardWriter, check_target, merged_config, merged_tensors
-from lorimer.model.load import TYPES, is_router
+from lorimer.model.load import TYPES, is_projected
 from lorimer.model.spec import ModelSpec
 from lorimer.quant.bnb import config_of, state_tensors
 from lorimer.quant.nf4 import quantise
@@ -84,4 +84,4 @@ def export_bnb(
 
 def is_projection(spec: ModelSpec, name: str, value: Tensor) -> bool:
     """What bitsandbytes replaces: the matrices of the layers, never embedding, head, router or norms."""
-    return name.startswith(spec.names.layers + ".") and value.dim() == 2 and not is_router(spec, name)
+    return name.startswith(spec.names.layers + ".") and value.dim() == 2 and is_projected(spec, name)

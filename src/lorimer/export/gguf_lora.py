@@ -2,31 +2,27 @@
 
 general.type = adapter, adapter.type = lora, adapter.lora.alpha; for each weight NAME of the base the
 tensors NAME.lora_a (rank rows) and NAME.lora_b (rank columns). llama.cpp computes
-alpha / rank * B A, with one alpha for the whole file.
+alpha / rank * B A, with one alpha for the whole file. Stacked experts have stacked factors; where a file
+has query, key and value as one and the model has three, the factors of the three stand side by side.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lorimer.bases.gguf import TensorEntry
-from lorimer.bases.gguf_names import llama_cpp_name
 from lorimer.bases.gguf_write import data_bytes, encode_value, make_header, write_gguf
 from lorimer.errors import AdapterError, UserError
-from lorimer.export.gguf import (
-    GgufReport,
-    architecture,
-    check_family,
-    check_target,
-    heads_of,
-    interleaved,
-    interleaves,
-)
+from lorimer.export.gguf import GgufReport, check_target
 from lorimer.export.mix import FILE_TYPES
 from lorimer.export.source import Source
+from lorimer.export.stacks import Stack, architecture, file_stacks, in_file, is_stacked
+from lorimer.model.order import adapted_module
 from lorimer.quant.gguf_encode import encode, encoded_bytes
 from lorimer.storage import check_space, make_folder, write_stream
 
@@ -42,7 +38,6 @@ def export_gguf_lora(source: Source, out: Path, kind: str = "f32") -> GgufReport
     if kind not in KINDS:
         raise UserError(f"the type `{kind}` is not one for an adapter", fix=f"Known: {', '.join(KINDS)}.")
     check_target(out)
-    check_family(source)
     _check_expressible(source)
     alpha, factors = _factors(source)
     dtype = FILE_TYPES[kind].dtype
@@ -51,7 +46,7 @@ def export_gguf_lora(source: Source, out: Path, kind: str = "f32") -> GgufReport
         for name, value in factors.items()
     ]
     entries = {
-        "general.architecture": architecture(source),
+        "general.architecture": architecture(source)[0],
         "general.type": "adapter",
         "general.name": source.name,
         "general.file_type": FILE_TYPES[kind].number,
@@ -84,25 +79,82 @@ def _check_expressible(source: Source) -> None:
         )
 
 
+class Factors(NamedTuple):
+    """Of one weight: A and B as the file has them, and what B A is multiplied by."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    scale: float
+
+    @property
+    def alpha(self) -> float:
+        return self.scale * len(self.down_RI)
+
+
 def _factors(source: Source) -> tuple[float, dict[str, Tensor]]:
     """The file's alpha, and every factor by its name there.
 
     A weight's own scale times its rank is the alpha that gives that scale; where it is not the file's,
     as with a rank of its own under rsLoRA, its B takes the difference.
     """
-    shape, tensors = source.update.spec, source.update.tensors
-    alphas = {path: shape.scale(path) * rank for path, rank in shape.ranks.items()}
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    if alpha == 0 or source.adapter is None:
+    stacks = {stack.name: stack for stack in file_stacks(source)}
+    found = {name: parts for name, stack in stacks.items() if any(parts := _of_stack(source, stack))}
+    alphas = Counter(part.alpha for parts in found.values() for part in parts if part is not None)
+    alpha = alphas.most_common(1)[0][0]
+    if alpha == 0:
         raise AdapterError("lora_alpha is 0, which llama.cpp takes for 1", fix="Use `--to gguf`.")
-    factors = {}
-    for path in shape.ranks:
-        name = llama_cpp_name(f"{path}.weight")
-        if name is None:
-            raise AdapterError(f"llama.cpp has no name for `{path}`", path=source.adapter.path)
-        up = tensors[f"{path}.lora_B.weight"].float()
-        heads = heads_of(source.spec, f"{path}.weight") if interleaves(source) else None
-        up = up if heads is None else interleaved(up, heads)
-        factors[f"{name}.lora_a"] = tensors[f"{path}.lora_A.weight"].float()
-        factors[f"{name}.lora_b"] = up if alphas[path] == alpha else up * (alphas[path] / alpha)
+    row, factors = architecture(source)[1], {}
+    for name, parts in found.items():
+        join = _stacked if is_stacked(row, name) else _beside
+        factors[f"{name}.lora_a"], factors[f"{name}.lora_b"] = join(source, stacks[name], parts, alpha)
     return alpha, factors
+
+
+def _of_stack(source: Source, stack: Stack) -> list[Factors | None]:
+    """The factors of each weight of a tensor, None where it has none."""
+    return [_of_weight(source, stack, part) for part in stack.parts]
+
+
+def _of_weight(source: Source, stack: Stack, name: str) -> Factors | None:
+    spec, tensors = source.update.spec, source.update.tensors
+    module, part, parts = adapted_module(source.spec, name)
+    if module not in spec.ranks or not name.endswith(".weight"):
+        return None
+    up_OR = tensors[f"{module}.lora_B.weight"].float().chunk(parts)[part]
+    up_OR = in_file(source, architecture(source)[1], stack, name, up_OR)
+    return Factors(tensors[f"{module}.lora_A.weight"].float(), up_OR, spec.scale(module))
+
+
+def _beside(
+    source: Source, stack: Stack, parts: list[Factors | None], alpha: float
+) -> tuple[Tensor, Tensor]:
+    """All A below each other, and each B at its rows and its A's columns."""
+    given = [part for part in parts if part is not None]
+    rank = sum(len(part.down_RI) for part in given)
+    down_RI = torch.cat([part.down_RI for part in given])
+    ups = []
+    for name, part in zip(stack.parts, parts, strict=True):
+        rows = source.base.tensors[name].shape[0]
+        ups.append(torch.zeros(rows, 0) if part is None else _scaled(part, alpha, rank))
+    return down_RI, ups[0] if len(ups) == 1 else torch.block_diag(*ups)
+
+
+def _stacked(
+    source: Source, stack: Stack, parts: list[Factors | None], alpha: float
+) -> tuple[Tensor, Tensor]:
+    """One after another, filled up with zeros to the largest rank."""
+    rank = max(len(part.down_RI) for part in parts if part is not None)
+    _, rows, inputs = stack.shape
+    down_ERI, up_EOR = torch.zeros(len(parts), rank, inputs), torch.zeros(len(parts), rows, rank)
+    for number, part in enumerate(parts):
+        if part is not None:
+            own = len(part.down_RI)
+            down_ERI[number, :own] = part.down_RI
+            up_EOR[number, :, :own] = _scaled(part, alpha, rank)
+    return down_ERI, up_EOR
+
+
+def _scaled(part: Factors, alpha: float, rank: int) -> Tensor:
+    """B such that alpha / rank * B A is the part's own update."""
+    own = part.scale * rank
+    return part.up_OR if own == alpha else part.up_OR * (own / alpha)

@@ -1,12 +1,14 @@
 """Which type each tensor of a GGUF file gets, as llama.cpp's quantiser chooses.
 
-Vectors stay F32. The head (or the embedding where that is the head too) gets Q6_K beside any smaller
-type. The _M mixes give attn_v and ffn_down more bits in the first and last eighth of the layers and in
-every third between. Rows that are not whole blocks fall back to a type of blocks of 32, or to F16.
+Vectors, norms, routers and tables of positions stay F32. The head (or the embedding where that is the
+head too) gets Q6_K beside any smaller type. The _M mixes give attn_v (and attn_qkv) and ffn_down more bits
+in the first and last eighth of the layers and in every third between. Falcon, and mixtures of eight, have
+rules of their own. Rows that are not whole blocks fall back to a type of blocks of 32, or to F16.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lorimer.quant.gguf_blocks import BLOCKS
@@ -36,6 +38,8 @@ FILE_TYPES = {
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 # From this depth on llama.cpp takes a model for the 70B one, whose small attn_v is worth more bits.
 LAYERS_70B = 80
+# Mixtral's number of experts, for which what all tokens share is worth more bits.
+EIGHT = 8
 
 
 def use_more_bits(layer: int, layers: int) -> bool:
@@ -44,26 +48,45 @@ def use_more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def tensor_type(name: str, shape: tuple[int, ...], kind: str, *, layers: int, tied: bool) -> str:
-    """The type of the tensor with this llama.cpp name in a file of this kind (a key of FILE_TYPES)."""
-    dtype = FILE_TYPES[kind].dtype
-    if len(shape) < 2 or name.endswith("_norm.weight"):
-        return "F32"
-    if dtype not in BLOCKS:
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A file of this kind (a key of FILE_TYPES). `tied`: the embedding is the head; `architecture` is
+    llama.cpp's name, `experts` how many a mixture has."""
+
+    kind: str
+    layers: int
+    tied: bool
+    architecture: str = "llama"
+    experts: int = 0
+
+    def type_of(self, name: str, shape: tuple[int, ...]) -> str:
+        """The type of the tensor with this llama.cpp name."""
+        dtype = FILE_TYPES[self.kind].dtype
+        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")):
+            return "F32"
+        if dtype not in BLOCKS:
+            return dtype
+        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
+            whole = shape[-1] % BLOCKS[dtype][1] == 0 and self.architecture != "falcon"
+            dtype = "Q6_K" if whole and dtype != "Q8_0" else "Q8_0"
+        elif name.startswith("blk."):
+            dtype = self._in_layer(name, dtype)
+        if shape[-1] % BLOCKS[dtype][1]:
+            dtype = FALLBACK.get(dtype, dtype)
+        return "F16" if shape[-1] % BLOCKS[dtype][1] else dtype
+
+    def _in_layer(self, name: str, dtype: str) -> str:
+        _, number, part, _ = name.split(".")
+        medium = self.kind.endswith("_m")
+        more = medium and use_more_bits(int(number), self.layers)
+        if part in ("attn_v", "attn_qkv"):
+            small = dtype == "Q4_K" and self.layers == LAYERS_70B and not more
+            return "Q8_0" if self.experts == EIGHT else "Q6_K" if more else "Q5_K" if small else dtype
+        if part == "attn_k":
+            return "Q8_0" if self.experts == EIGHT else dtype
+        if part == "attn_output":
+            return "Q5_K" if self.experts == EIGHT and self.kind == "q4_k_m" else dtype
+        if part.startswith("ffn_down") and more:
+            first = int(number) < self.layers // 16
+            return "Q5_K" if self.architecture == "falcon" and dtype == "Q4_K" and not first else "Q6_K"
         return dtype
-    if name == "output.weight" or (tied and name == "token_embd.weight"):
-        dtype = "Q8_0" if dtype == "Q8_0" or shape[-1] % BLOCKS[dtype][1] else "Q6_K"
-    elif name.startswith("blk."):
-        dtype = _in_layer(name, dtype, kind, layers)
-    if shape[-1] % BLOCKS[dtype][1]:
-        dtype = FALLBACK.get(dtype, dtype)
-    return "F16" if shape[-1] % BLOCKS[dtype][1] else dtype
-
-
-def _in_layer(name: str, dtype: str, kind: str, layers: int) -> str:
-    _, number, part, _ = name.split(".")
-    if part in ("attn_v", "ffn_down") and kind.endswith("_m") and use_more_bits(int(number), layers):
-        return "Q6_K"
-    if part == "attn_v" and dtype == "Q4_K" and layers == LAYERS_70B:
-        return "Q5_K"
-    return dtype

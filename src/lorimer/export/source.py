@@ -33,9 +33,9 @@ from lorimer.lora.adapter import (
 from lorimer.lora.layers import EMBEDDING_A, EMBEDDING_B, OWN_ROWS, LoraSpec
 from lorimer.lora.merge import embedding_name, head_name
 from lorimer.model.families import read_spec, why_not_native
-from lorimer.model.load import read_weight
+from lorimer.model.load import read_weight, stored_shape
+from lorimer.model.order import adapted_module
 from lorimer.model.spec import ModelSpec
-from lorimer.quant.bnb import stored_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +111,11 @@ def open_source(what: str, *, base: str | None = None, force: bool = False) -> S
 def _update_of(adapter: AdapterFiles, base: BaseFiles, spec: ModelSpec) -> FileUpdate:
     """The update, each tensor checked against the weight that it changes."""
     ranks = ranks_in(adapter)
+    shapes = _module_shapes(base, spec)
     for path in ranks:
+        own = _own_name(f"{path}.weight", spec).removesuffix(".weight")
         shape = _adapted_shape(adapter.tensors, path)
-        own = _own_name(f"{path}.weight", spec)
-        if own not in base.tensors or shape != stored_shape(base, own):
+        if shape is None or shape != shapes.get(own):
             raise _misfit(adapter, f"{path}.weight")
     head, embedding = (adapter.tensors.get(n) for n in (head_name(spec), embedding_name(spec)))
     for name, tensor in adapter.tensors.items():
@@ -153,6 +154,17 @@ def _adapted_shape(tensors: Mapping[str, Tensor], path: str) -> tuple[int, ...] 
     if table[0] is not None and table[1] is not None:
         return table[0].shape[1], table[1].shape[0]
     return None
+
+
+def _module_shapes(base: BaseFiles, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Outputs and inputs of every module that a LoRA may change."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in base.tensors:
+        if name.endswith(".weight"):
+            module, _, parts = adapted_module(spec, name)
+            rows, *inputs = stored_shape(base, spec, name)
+            found[module] = parts * rows, *inputs
+    return found
 
 
 def _misfit(adapter: AdapterFiles, name: str) -> AdapterError:

@@ -424,12 +424,13 @@ def turned(stacked_TS: Tensor, heads: Heads, turn: Turn | None) -> tuple[Tensor,
 
 
 class HeadNorms(NamedTuple):
-    """RMSNorms of query and key, alike but for their weights: over each head, or over all heads of a token
-    as one."""
+    """Norms of query and key, alike but for their weights: RMSNorm over each head, or over all heads of a
+    token as one (`whole`); or LayerNorm over each head with a frozen weight of its `own`, [heads, D]."""
 
     query: Norm
     key: Norm
     whole: bool = False
+    own: bool = False
 
     def rows(self, heads: Heads) -> tuple[tuple[int, int], tuple[int, int]]:
         """How many rows each token's query and key are, of how many features."""
@@ -480,6 +481,8 @@ def norm_heads(
 
     Without gradients the native kernel writes over the stack: whoever made it must not need it as it was.
     """
+    if norms.own:
+        return _own_normed(stacked_TS, heads, norms)
     assert not norms.query.layer
     assert not norms.key.layer
     query, key = norms.rows(heads)
@@ -497,6 +500,17 @@ def norm_heads(
         normed(states_query.reshape(-1, *query), norms.query, (parameters[0], None)),
         normed(states_key.reshape(-1, *key), norms.key, (parameters[1], None)),
     ]
+    return torch.cat([part.flatten(1) for part in (*sides, value)], 1)
+
+
+def _own_normed(stacked_TS: Tensor, heads: Heads, norms: HeadNorms) -> Tensor:
+    """The kernel knows one weight for all rows: it norms alone, and each head is weighted behind it."""
+    query, key, value = heads.parts(stacked_TS)
+    ones = torch.ones(heads.size, device=stacked_TS.device)
+    sides = []
+    for states_TND, norm in ((query, norms.query), (key, norms.key)):
+        plain = normed(states_TND.contiguous(), Norm(ones, norm.eps, layer=True))
+        sides.append((plain * norm.weight_H).to(stacked_TS.dtype))
     return torch.cat([part.flatten(1) for part in (*sides, value)], 1)
 
 

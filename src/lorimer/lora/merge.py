@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorimer.bases.gguf import TensorEntry
+from lorimer.bases.gguf_names import DIVISORS
 from lorimer.bases.mapped import Bytes
 from lorimer.bases.open import BaseFiles
 from lorimer.config import QuantConfig
@@ -30,7 +31,6 @@ from lorimer.model.spec import ModelSpec
 from lorimer.storage import check_space, write_folder, write_tensors
 
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-FREQUENCIES = "rope_freqs.weight"
 SHARD_BYTES = 4_000_000_000
 ARCHITECTURES = {
     "llama": "Llama",
@@ -141,14 +141,17 @@ def merged_tensors(
     dtype: torch.dtype,
     counts: dict[str, int],
     quant: QuantConfig = NOT_QUANTISED,
+    names: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the base by name, with the update where there is one, one at a time.
+    """Every weight of the merged model by name, with the update where there is one, one at a time; in the
+    order of `names`, if they are given.
 
     `counts` gains how many weights were `adapted`, and how many of their `numbers` stayed the `same`.
     """
     used: set[str] = set()
-    for name in _weights(base):
-        value = trained_weight(base, spec, name, quant).float()
+    for name in merged_names(base, spec, adapter) if names is None else names:
+        stored = stored_name(base, spec, name)
+        value = trained_weight(base, spec, stored, quant).float()
         merged = _update(spec, name, value, adapter)
         if merged is not None:
             used |= _tensors_of(spec, name)
@@ -156,12 +159,6 @@ def merged_tensors(
             counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
             counts["numbers"] += value.numel()
         yield name, (value if merged is None else merged).to(dtype).contiguous()
-    head = head_name(spec)
-    if head not in base.tensors and untied(spec, adapter):
-        value = trained_weight(base, spec, embedding_name(spec), quant).float()
-        merged = _update(spec, head, value, adapter)
-        used |= _tensors_of(spec, head)
-        yield head, (value if merged is None else merged).to(dtype).contiguous()
     tied = {head_name(spec)} if spec.tied_head and embedding_name(spec) in adapter.tensors else set()
     lost = sorted(set(adapter.tensors) - used - tied)
     if lost:
@@ -170,6 +167,17 @@ def merged_tensors(
             fix="Merge into the base that it was trained on.",
             path=base.path,
         )
+
+
+def merged_names(base: BaseFiles, spec: ModelSpec, adapter: Update) -> list[str]:
+    """The weights of the merged model: the base's, and a head that is no longer its embedding."""
+    names, head = _weights(base), head_name(spec)
+    return [*names, head] if head not in names and untied(spec, adapter) else names
+
+
+def stored_name(base: BaseFiles, spec: ModelSpec, name: str) -> str:
+    """Where the base has a weight of the merged model: a head that it has not is its embedding."""
+    return name if name in base.tensors else embedding_name(spec)
 
 
 def _tensors_of(spec: ModelSpec, name: str) -> set[str]:
@@ -188,7 +196,7 @@ def head_name(spec: ModelSpec) -> str:
 
 
 def _weights(base: BaseFiles) -> list[str]:
-    return [name for name in base.tensors if name.endswith((".weight", ".bias")) and name != FREQUENCIES]
+    return [name for name in base.tensors if name.endswith((".weight", ".bias")) and name not in DIVISORS]
 
 
 class MergedBase(BaseFiles):
@@ -203,11 +211,9 @@ class MergedBase(BaseFiles):
         self.path, self.config = base.path, merged_config(base, spec, adapter, dtype)
         self.tokenizer_config, self.generation_config = base.tokenizer_config, base.generation_config
         self._given = base, spec, adapter, dtype, quant
-        names = _weights(base)
-        shapes = {name: stored_shape(base, spec, name) for name in names}
+        names = merged_names(base, spec, adapter)
+        shapes = {name: stored_shape(base, spec, stored_name(base, spec, name)) for name in names}
         shapes = {n: shape[::-1] if is_transposed(spec, n) else shape for n, shape in shapes.items()}
-        if head_name(spec) not in shapes and untied(spec, adapter):
-            shapes[head_name(spec)] = shapes[embedding_name(spec)]
         size = torch.finfo(TYPES[dtype]).bits // 8
         self.tensors = {
             name: TensorEntry(name, STORED[dtype], shape, math.prod(shape) * size)
@@ -216,8 +222,7 @@ class MergedBase(BaseFiles):
 
     def raw(self, name: str) -> Bytes:
         base, spec, adapter, dtype, quant = self._given
-        own = name if name in base.tensors else embedding_name(spec)
-        value = trained_weight(base, spec, own, quant).float()
+        value = trained_weight(base, spec, stored_name(base, spec, name), quant).float()
         merged = _update(spec, name, value, adapter)
         found = (value if merged is None else merged).to(TYPES[dtype])
         found = (found.t() if is_transposed(spec, name) else found).contiguous()

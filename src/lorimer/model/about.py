@@ -36,7 +36,6 @@ def parts(spec: ModelSpec) -> dict[str, int]:
             units += 0 if group.attention else size
     mixture = spec.experts
     routers = len(mixture.layers) * mixture.count * spec.hidden_size if mixture else 0
-    norms = spec.hidden_size + spec.layers * sum(size for _, size in spec.norms())
     table = spec.vocab_size * spec.hidden_size
     found = {
         "embedding": table,
@@ -44,7 +43,7 @@ def parts(spec: ModelSpec) -> dict[str, int]:
         "attention": attention,
         "experts" if mixture else "mlp": units,
         "routers": routers,
-        "norms": norms * spec.norm_numbers,
+        "norms": spec.norm_numbers,
         "head": 0 if spec.tied_head else table,
     }
     return {name: count for name, count in found.items() if count or name == "head"}

@@ -240,8 +240,8 @@ class Decoder:
         if layer.query_norm is None or layer.key_norm is None:
             return stacked
         query, key = layer.query_norm, layer.key_norm
-        whole = self.spec.qk_norm == "all"
-        norms = HeadNorms(query.norm(self.adapted), key.norm(self.adapted), whole)
+        whole, own = self.spec.qk_norm == "all", self.spec.qk_norm == "own"
+        norms = HeadNorms(query.norm(self.adapted), key.norm(self.adapted), whole, own)
         weights = query.parameters(self.adapted)[0], key.parameters(self.adapted)[0]
         return dispatch.norm_heads(stacked, self._heads, norms, weights)
 

@@ -32,10 +32,10 @@ def mixture(
         masks = _masks_of(dropouts, tokens_n, len(states_TH))
         inner_nI = up(own_nH, before=None, residual_TO=None, adapted=adapted, dropouts=masks)
         results.append(down(inner_nI, before=gate, residual_TO=None, adapted=adapted, dropouts=masks))
-    chosen_TCH: Tensor = (
-        torch.cat(results).index_select(0, order.argsort()).unflatten(0, (-1, experts.chosen))
-    )
-    return (chosen_TCH * weights_TC.unsqueeze(-1)).sum(1).to(states_TH.dtype)
+    chosen_TCH = torch.cat(results).index_select(0, order.argsort()).unflatten(0, (-1, experts.chosen))
+    # As a product: weighting and adding apart would write and read all choices once more, both ways.
+    mixed_TH = torch.bmm(weights_TC.unsqueeze(1), chosen_TCH.float()).squeeze(1)
+    return mixed_TH.to(states_TH.dtype)
 
 
 def route(experts: Experts, states_TH: Tensor) -> tuple[Tensor, Tensor]:

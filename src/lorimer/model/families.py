@@ -176,9 +176,8 @@ def granite(config: Config) -> ModelSpec:
 
 
 def cohere(config: Config) -> ModelSpec:
-    """Command R: attention and gated unit side by side behind one LayerNorm without bias."""
-    if config.get("use_qk_norm"):
-        raise NotNative("`use_qk_norm` is on: each head's query and key have a norm of their own")
+    """Command R: attention and gated unit side by side behind one LayerNorm without bias; Command R+ also
+    norms each head of query and key."""
     bias = bool(config.get("attention_bias", False))
     return make_spec(
         with_defaults(config, tie_word_embeddings=True, rope_theta=500_000.0),
@@ -188,6 +187,7 @@ def cohere(config: Config) -> ModelSpec:
         output_bias=bias,
         parallel=True,
         rope_pairs=True,
+        qk_norm="own" if config.get("use_qk_norm") else "",
         logit_scale=float(config.get("logit_scale", 0.0625)),
         names=ONE_NORM,
     )
@@ -208,10 +208,10 @@ def cohere2(config: Config) -> ModelSpec:
 
 
 def stablelm(config: Config) -> ModelSpec:
-    """Llama with LayerNorms, of whose heads a part turns; some have no second norm."""
-    if config.get("qk_layernorm"):
-        raise NotNative("`qk_layernorm` is on: each head's query and key have a norm of their own")
+    """Llama with LayerNorms, of whose heads a part turns; some have no second norm, and 12B has one for
+    each head of query and key."""
     parallel = bool(config.get("use_parallel_residual", False))
+    names = Names(query_norm="self_attn.q_layernorm.norms.{}", key_norm="self_attn.k_layernorm.norms.{}")
     return make_spec(
         with_defaults(config, partial_rotary_factor=0.25),
         norm="layer",
@@ -219,7 +219,8 @@ def stablelm(config: Config) -> ModelSpec:
         norm_eps=float(config.get("layer_norm_eps", 1e-5)),
         qkv_bias=bool(config.get("use_qkv_bias", False)),
         parallel=parallel,
-        names=ONE_NORM if parallel else Names(),
+        qk_norm="own" if config.get("qk_layernorm") else "",
+        names=replace(names, mlp_norm="input_layernorm") if parallel else names,
     )
 
 

@@ -23,7 +23,7 @@ from lorimer.kernels.dispatch import Linear, Norm
 from lorimer.machine import native_bf16
 from lorimer.model.decoder import Decoder
 from lorimer.model.families import read_spec, why_not_native
-from lorimer.model.order import file_order, lies_across, stack_order, weight_order
+from lorimer.model.order import file_order, lies_across, pairs_apart, stack_order, weight_order
 from lorimer.model.parts import Experts, Layer, NormSlot, Projections, Table
 from lorimer.model.rope import Ropes
 from lorimer.model.spec import Group, ModelSpec
@@ -100,7 +100,7 @@ def trained_weight(base: BaseFiles, spec: ModelSpec, name: str, quant: QuantConf
     value = read_weight(base, spec, name)
     table = name.removesuffix(".weight") in (spec.names.embedding, spec.names.head)
     plain = spec.names.positions and name == f"{spec.names.positions}.weight"
-    if quant.kind in ("none", "keep") or value.dim() != 2 or plain or is_router(spec, name):
+    if quant.kind in ("none", "keep") or value.dim() != 2 or plain or not is_projected(spec, name):
         return value
     if table and not quant.embeddings:
         return value
@@ -114,6 +114,14 @@ def trained_weight(base: BaseFiles, spec: ModelSpec, name: str, quant: QuantConf
 def is_router(spec: ModelSpec, name: str) -> bool:
     """Whether this is the weight of a router, which is never quantised."""
     return spec.experts is not None and name.endswith(f".{spec.names.router}.weight")
+
+
+def is_projected(spec: ModelSpec, name: str) -> bool:
+    """Whether a matrix of the files is a projection's or a table's: no router, no norms of heads."""
+    inside = name.removesuffix(".weight")
+    return not is_router(spec, name) and not any(
+        inside.endswith(f".{norm}") for norm, _ in spec.head_norms()
+    )
 
 
 def picked(value: Tensor, order: Tensor | None) -> Tensor:
@@ -182,6 +190,20 @@ class Reader(ABC):
             *(weight, spec.norm_eps, spec.norm_offset, spec.norm == "layer"), bias[0] if bias else None
         )
         return NormSlot(path, norm)
+
+    def head_norms(self, path: str, heads: int) -> NormSlot:
+        """A weight for each head, [heads, D]; features that turn together lie as in the stack."""
+        spec, size = self.spec, self.spec.head_dim
+        if "{}" in path:
+            weight_ND = torch.stack(
+                [self.tensor(f"{path.format(n)}.weight", (size,)) for n in range(heads)]
+            )
+        else:
+            weight_ND = self.tensor(f"{path}.weight", (heads, size))
+        if spec.rope_pairs:
+            weight_ND = weight_ND.index_select(1, pairs_apart(size, spec.rope.dimensions))
+        weight_ND = weight_ND.to(self.place.device, torch.float32).clone()
+        return NormSlot(path, Norm(weight_ND, spec.norm_eps, layer=True))
 
     def stacked(self, layer: int, group: Group, order: Tensor | None = None) -> Projections:
         """The linear layers of a group as one weight."""
@@ -402,6 +424,7 @@ def _layer(reader: Reader, number: int) -> Layer:
     path = f"{names.layers}.{number}"
     sizes = dict(spec.norms())
     norms = {name: reader.norm(f"{path}.{name}", size) for name, size in sizes.items()}
+    norms |= {name: reader.head_norms(f"{path}.{name}", heads) for name, heads in spec.head_norms()}
     qkv, output = spec.attention_groups()
     return Layer(
         attention_norm=norms.get(names.attention_norm),

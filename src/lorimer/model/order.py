@@ -27,10 +27,16 @@ def stack_order(spec: ModelSpec) -> Tensor | None:
     if spec.grouped_rows:
         order = _ungrouped(spec)
     if spec.rope_pairs:
-        turning, size = order[: query + key].view(-1, spec.head_dim), spec.rope.dimensions
-        turning = torch.cat([turning[:, :size:2], turning[:, 1:size:2], turning[:, size:]], 1)
+        turning = order[: query + key].view(-1, spec.head_dim)
+        turning = turning[:, pairs_apart(spec.head_dim, spec.rope.dimensions)]
         order = torch.cat([turning.flatten(), order[query + key :]])
     return None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def pairs_apart(size: int, turning: int) -> Tensor:
+    """The features of a head of which 2i and 2i + 1 turn together, as i and i + D/2."""
+    features = torch.arange(size)
+    return torch.cat([features[:turning:2], features[1:turning:2], features[turning:]])
 
 
 def _ungrouped(spec: ModelSpec) -> Tensor:
@@ -56,8 +62,13 @@ def weight_order(spec: ModelSpec, name: str) -> Tensor | None:
 
 def file_order(base: BaseFiles, spec: ModelSpec, name: str) -> Tensor | None:
     """Row i of a weight or bias in Hugging Face's order is row order[i] of this base's file."""
+    return gguf_order(spec, name) if base.kind == "gguf" else None
+
+
+def gguf_order(spec: ModelSpec, name: str) -> Tensor | None:
+    """The same of any GGUF file of this model."""
     module = _module(spec, name)
-    if base.kind != "gguf" or module not in spec.names.qkv:
+    if module not in spec.names.qkv:
         return None
     if spec.grouped_rows:
         return _ungrouped(spec).argsort()

@@ -178,8 +178,10 @@ class Layer:
         return (self.qkv, self.output, *(group for pair in pairs for group in pair))
 
     def norms(self) -> list[NormSlot]:
+        """Those that can be trained; what each head has of its own stays as it is."""
+        heads = [slot for slot in (self.query_norm, self.key_norm) if slot and slot.weight_H.dim() == 1]
         slots = (
-            *(self.attention_norm, self.query_norm, self.key_norm),
+            *(self.attention_norm, *heads),
             *(self.attention_post_norm, self.mlp_norm, self.mlp_post_norm),
         )
         found: dict[str, NormSlot] = {slot.path: slot for slot in slots if slot is not None}

@@ -107,8 +107,9 @@ class ModelSpec:
     norm: NormKind = "rms"
     norm_offset: float = 0.0  # added to each RMSNorm's weight
     norm_bias: bool = False
-    # RMSNorm before the rotation: over each head of query and key, or over all heads of a token.
-    qk_norm: Literal["", "head", "all"] = ""
+    # A norm before the rotation: RMSNorm over each head of query and key, or over all heads of a token; or
+    # LayerNorm without bias over each head, whose weight is the head's own.
+    qk_norm: Literal["", "head", "all", "own"] = ""
     activation: Activation = "silu"
     gated: bool = True  # activation(gate) * up, or activation(up) alone
     parallel: bool = False  # attention and the gated unit read the same states, and are added up
@@ -194,15 +195,25 @@ class ModelSpec:
         names, hidden = self.names, self.hidden_size
         fields = (names.attention_norm, names.attention_post_norm, names.mlp_norm, names.mlp_post_norm)
         found = [(name, hidden) for name in dict.fromkeys(fields) if name]
-        if self.qk_norm:
+        if self.qk_norm in ("head", "all"):
             query, key, _ = self.qkv_rows if self.qk_norm == "all" else (self.head_dim,) * 3
             found += [(names.query_norm, query), (names.key_norm, key)]
         return found
 
+    def head_norms(self) -> list[tuple[str, int]]:
+        """The norms that heads have of their own: name, with {} for the head where each is a tensor, and
+        how many."""
+        if self.qk_norm != "own":
+            return []
+        return [(self.names.query_norm, self.heads), (self.names.key_norm, self.kv_heads)]
+
     @property
     def norm_numbers(self) -> int:
-        """Trained at once with a norm: its weights, and biases where it has them."""
-        return 2 if self.norm_bias else 1
+        """Numbers in all norms: weights, and biases where they have them."""
+        each = 2 if self.norm_bias else 1
+        layer = each * sum(size for _, size in self.norms())
+        layer += self.head_dim * sum(heads for _, heads in self.head_norms())
+        return self.layers * layer + each * self.hidden_size
 
     def first_layers(self, layers: int) -> ModelSpec:
         """The same with so many layers."""

@@ -25,6 +25,8 @@ def tensor_names(spec: ModelSpec) -> list[str]:
     for layer in range(spec.layers):
         path = f"{names.layers}.{layer}"
         found += [f"{path}.{norm}.{kind}" for norm, _ in spec.norms() for kind in kinds]
+        for norm, heads in spec.head_norms():
+            found += dict.fromkeys(f"{path}.{norm.format(head)}.weight" for head in range(heads))
         for group in spec.groups(layer):
             files = group.files or group.paths
             found += [f"{path}.{file}.weight" for file in files]

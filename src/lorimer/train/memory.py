@@ -139,7 +139,8 @@ def all_groups(spec: ModelSpec) -> Counter[Group]:
 def layers_bytes(shape: Shape) -> int:
     """The frozen weights of all layers."""
     spec = shape.spec
-    total = spec.layers * FLOAT * spec.norm_numbers * sum(size for _, size in spec.norms())
+    final = spec.hidden_size * (2 if spec.norm_bias else 1)
+    total = FLOAT * (spec.norm_numbers - final)
     for group, copies in all_groups(spec).items():
         total += copies * sum(stored_bytes(count, group.inputs, shape) for count in group.parts)
         total += copies * sum(group.rows) * shape.size * group.bias
@@ -195,7 +196,7 @@ def token_bytes(shape: Shape, rung: str) -> int:
     kept += spec.hidden_size * sum(bool(name) for name in (names.attention_post_norm, names.mlp_post_norm))
     factors = len(spec.norms()) * (2 if spec.norm == "layer" else 1) + spec.heads
     if spec.qk_norm:
-        kept += stacked
+        kept += stacked * (2 if spec.qk_norm == "own" else 1)  # own weights are a product of their own
         factors += spec.heads + spec.kv_heads
     if mixture is not None:  # each expert's own copy of its tokens, and its result before it is weighted
         kept += (2 * mixture.chosen + 1) * spec.hidden_size
@@ -261,7 +262,7 @@ def parameters(spec: ModelSpec) -> int:
     if isinstance(spec, ForeignSpec):
         return spec.numbers
     size = spec.hidden_size
-    total = spec.norm_numbers * (size + spec.layers * sum(count for _, count in spec.norms()))
+    total = spec.norm_numbers
     for group, copies in all_groups(spec).items():
         total += copies * sum(group.rows) * (group.inputs + group.bias)
     if spec.experts is not None:
