@@ -17,12 +17,13 @@ from lorimer.bases.gguf import TensorEntry
 from lorimer.bases.gguf_names import llama_cpp_name
 from lorimer.bases.gguf_write import data_bytes, encode_value, make_header, write_gguf
 from lorimer.bases.mapped import Bytes
-from lorimer.bases.open import GgufBase
+from lorimer.bases.open import BaseFiles, GgufBase
 from lorimer.errors import BaseError, LorimerError, UserError
 from lorimer.export.mix import FILE_TYPES, tensor_type
 from lorimer.export.source import Source
-from lorimer.export.vocabulary import end_of_turn, space_note
+from lorimer.export.vocabulary import end_of_turn, grown_vocabulary, space_note
 from lorimer.lora.merge import embedding_name, head_name, merged_tensors, untied
+from lorimer.model.grow import GrownBase
 from lorimer.model.load import stored_shape
 from lorimer.model.rope import frequencies, plain_frequencies
 from lorimer.model.spec import ModelSpec
@@ -50,9 +51,14 @@ class GgufReport:
     note: str | None = None
 
 
+def file_of(source: Source) -> BaseFiles:
+    """The base as its files are, without tokens that were added."""
+    return source.base.inner if isinstance(source.base, GrownBase) else source.base
+
+
 def architecture(source: Source) -> str:
     """llama.cpp's name for the architecture: Mistral is Llama to it."""
-    if isinstance(source.base, GgufBase):
+    if isinstance(file_of(source), GgufBase):
         return source.spec.family
     return "llama" if source.spec.family == "mistral" else source.spec.family
 
@@ -114,7 +120,9 @@ def export_gguf(source: Source, out: Path, kind: str) -> GgufReport:
     types: dict[str, int] = {}
     for tensor in tensors:
         types[tensor.dtype] = types.get(tensor.dtype, 0) + 1
-    note = None if isinstance(source.base, GgufBase) else space_note(source.tokenizer, source.vocabulary)
+    note = (
+        None if isinstance(file_of(source), GgufBase) else space_note(source.tokenizer, source.vocabulary)
+    )
     return GgufReport(out, needed, len(tensors), types, counts["adapted"], note)
 
 
@@ -179,10 +187,13 @@ def _rope_divisors(source: Source) -> torch.Tensor | None:
 
 def _entries(source: Source, kind: str, tensors: list[TensorEntry]) -> dict[str, bytes]:
     """The metadata: a GGUF base's own, unchanged, or made from a folder's files."""
-    base = source.base
+    base = file_of(source)
     if isinstance(base, GgufBase):
         kept = base.gguf_metadata or {}
         entries = {key: base.entry(key) for key in kept if not key.startswith(NOT_KEPT)}
+        if isinstance(source.base, GrownBase):
+            added = grown_vocabulary(kept, source.base, architecture(source))
+            entries |= {key: encode_value(value) for key, value in added.items()}
     else:
         made = _described(source) | source.vocabulary
         made |= end_of_turn(source.tokenizer, source.template.end_ids)
@@ -197,7 +208,7 @@ def _entries(source: Source, kind: str, tensors: list[TensorEntry]) -> dict[str,
 
 def base_template(source: Source) -> str | None:
     """The chat template that the metadata has already."""
-    return source.base.chat_template if isinstance(source.base, GgufBase) else None
+    return source.base.chat_template if isinstance(file_of(source), GgufBase) else None
 
 
 def _described(source: Source) -> dict[str, Any]:
