@@ -95,7 +95,6 @@ TRAPS = {
 }
 WITHOUT = {
     25: "does not apply: tokens are never cached",
-    43: "does not apply: tokens cannot be added",
 }
 
 

@@ -201,6 +201,24 @@ PLANTS = (
         "if spec.embedding_scale != 1.0:", "if spec.embedding_scale != 1.0 and self.embedding.trained is None:",
     ),
     Plant(
+        (42,), "an embedding's LoRA is added after the scale", "kernels/tables.py",
+        "return (self.a.index_select(1, ids_T).t() @ self.b.t()) * self.scale",
+        "return (self.a.index_select(1, ids_T).t() @ self.b.t()) * self.scale / self.b.shape[0] ** 0.5",
+    ),
+    Plant(
+        (43,), "new rows are written behind a padded vocabulary", "model/grow.py",
+        "grown[len(rows) :] = grown[list(self.added_ids)] = self._begin[name]",
+        "grown[-len(self.added_ids) :] = self._begin[name]",
+    ),
+    Plant(
+        (43,), "new rows are not trained, and not saved", "lora/adapter.py",
+        "if tokens and path not in full}", "if path in full}",
+    ),
+    Plant(
+        (41,), "a tied head that has LoRA is merged as if it were the embedding", "lora/merge.py",
+        "return bool(full or {names.head, names.embedding} & set(adapter.spec.ranks))", "return bool(full)",
+    ),
+    Plant(
         (53,), "the update is added in the written type", "lora/merge.py",
         "        value = trained_weight(base, spec, stored, quant).float()\n        merged",
         "        value = trained_weight(base, spec, stored, quant).to(dtype)\n        merged",

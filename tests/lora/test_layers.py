@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ pytestmark = PEFT_NOISE
 ROWS = random_rows((6, 11, 11, 3, 24))
 
 
-def adapt(tiny: Tiny, *, seed: int = 3, **settings: Any) -> Adapter:
-    return new_adapter(tiny.decoder, LoraConfig(**({"alpha": 4} | settings)), seed=seed)[0]
+def adapt(tiny: Tiny, *, seed: int = 3, tokens: Sequence[int] = (), **settings: Any) -> Adapter:
+    config = LoraConfig(**({"alpha": 4} | settings))
+    return new_adapter(tiny.decoder, config, seed=seed, tokens=tokens)[0]
 
 
 def checksum(decoder: Decoder) -> str:
@@ -76,6 +78,8 @@ EVERYTHING = {
     "bias": "all",
     "modules_to_save": ["norm", "input_layernorm", "post_attention_layernorm", "embed_tokens", "lm_head"],
 }
+TABLES = {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+TIED = {"tie_word_embeddings": True}
 # name -> family, changes to the model, settings of the adapter
 ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {"r": 3, "alpha": 5}),
@@ -107,6 +111,15 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}, {"r": 3, "alpha": 5}),
     "cohere, heads normed": ("cohere", {"use_qk_norm": True}, {"r": 3, "alpha": 5}),
     "stablelm, heads normed": ("stablelm", {"qk_layernorm": True}, {"r": 3, "alpha": 5}),
+    "llama, LoRA on both tables": ("llama", {}, {"r": 3, "alpha": 5} | TABLES),
+    "qwen2, LoRA on a tied pair": ("qwen2", TIED, {"r": 3, "alpha": 5} | TABLES),
+    "gemma2, LoRA on scaled and capped": ("gemma2", {}, {"r": 2} | TABLES),
+    "gemma3, LoRA on a scaled embedding": ("gemma3_text", TIED, {"r": 2} | TABLES),
+    "cohere, rsLoRA on a scaled head": ("cohere", {}, {"r": 2, "rslora": True} | TABLES),
+    "llama, rows": ("llama", {}, {"r": 2, "tokens": [ROWS[0][2], 99, ROWS[1][1]]}),
+    "qwen2, rows of a tied pair": ("qwen2", TIED, {"r": 2, "tokens": [ROWS[0][2], 99]}),
+    "gemma3, rows of a tied pair": ("gemma3_text", TIED, {"r": 2, "tokens": [ROWS[0][2], 99]}),
+    "gemma2, rows": ("gemma2", {}, {"r": 2, "tokens": [ROWS[0][2], 99]}),
 } | {family: (family, {}, {"r": 3, "alpha": 5}) for family in FAMILIES if family != "qwen3_moe"}
 
 

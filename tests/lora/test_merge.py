@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorimer.bases.open import open_base
@@ -42,8 +43,8 @@ ROW = random_rows([23])[0]
 TIED = {"tie_word_embeddings": True}
 
 
-def adapted(tiny: Tiny, *, size: float = 0.15, **settings: Any) -> Adapter:
-    adapter, _ = new_adapter(tiny.decoder, LoraConfig(**({"alpha": 4} | settings)), seed=3)
+def adapted(tiny: Tiny, *, size: float = 0.15, tokens: Sequence[int] = (), **settings: Any) -> Adapter:
+    adapter, _ = new_adapter(tiny.decoder, LoraConfig(**({"alpha": 4} | settings)), seed=3, tokens=tokens)
     shake(adapter, size=size)
     return adapter
 
@@ -63,6 +64,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2, biases": ("qwen2", {}, {"r": 2, "bias": "all"}),
     "qwen3, norms": ("qwen3", {}, {"r": 2, "modules_to_save": ["norm", "k_norm"], "layers": "last:1"}),
     "embedding and head": ("llama", {}, {"r": 2, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "LoRA on both tables": ("llama", {}, {"r": 2, "target_modules": ["embed_tokens", "lm_head"]}),
+    "LoRA on a scaled embedding": ("gemma", {}, {"r": 2, "target_modules": ["embed_tokens", "v_proj"]}),
+    "rows of both tables": ("llama", {}, {"r": 2, "tokens": [7, 100]}),
+    "rows of a tied pair": ("qwen2", TIED, {"r": 2, "tokens": [7, 100]}),
     "tied, embedding and head as one": ("qwen2", TIED, {"r": 2, "modules_to_save": ["lm_head"]}),
     "cohere, heads normed": ("cohere", {"use_qk_norm": True}, {"r": 2}),
     "stablelm, heads normed": ("stablelm", {"qk_layernorm": True}, {"r": 2}),
@@ -105,6 +110,27 @@ def test_a_tensor_that_finds_no_weight_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"1 tensors of the adapter change no weight.*layers\.9"):
         merged(tiny, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.trap(41)
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head", "v_proj"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_tied_pair_with_lora_on_it_is_no_longer_tied(
+    names: list[str], copied: bool, tmp_path: Path
+) -> None:
+    """Also where the base's files hold the tied head a second time."""
+    tiny = make_tiny(tmp_path / "base", **TIED)
+    if copied:
+        file = tiny.folder / "model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+        tiny = dataclasses.replace(tiny, base=open_base(tiny.folder))
+    adapter = adapted(tiny, r=2, target_modules=names)
+    model = merged(tiny, adapter, tmp_path / "out")
+    assert apart(model, tiny.decoder) < 2e-6
+    assert model.config.tie_word_embeddings is False
+    seen = MergedBase(tiny.base, tiny.decoder.spec, adapter, "fp32", QuantConfig())
+    assert apart(load_decoder(seen, FP32), tiny.decoder) < 2e-6
 
 
 @pytest.mark.trap(41)

@@ -23,8 +23,9 @@ from lorimer.export.metadata import check_meaning, model_keys
 from lorimer.export.mix import FILE_TYPES, Mix
 from lorimer.export.source import Source
 from lorimer.export.stacks import HEAD, Stack, architecture, divisors, file_stacks, in_file
-from lorimer.export.vocabulary import end_of_turn, space_note
+from lorimer.export.vocabulary import end_of_turn, grown_vocabulary, space_note
 from lorimer.lora.merge import merged_tensors
+from lorimer.model.grow import GrownBase
 from lorimer.quant.gguf_blocks import BLOCKS
 from lorimer.quant.gguf_encode import encode, encoded_bytes
 from lorimer.storage import check_space, make_folder, write_stream
@@ -78,7 +79,7 @@ def export_gguf(source: Source, out: Path, kind: str) -> GgufReport:
     types: dict[str, int] = {}
     for tensor in tensors:
         types[tensor.dtype] = types.get(tensor.dtype, 0) + 1
-    note = None if isinstance(source.base, GgufBase) else space_note(source.tokenizer, source.vocabulary)
+    note = None if isinstance(source.file, GgufBase) else space_note(source.tokenizer, source.vocabulary)
     return GgufReport(out, needed, len(tensors), types, counts["adapted"], note)
 
 
@@ -130,10 +131,13 @@ def _entries(
     source: Source, kind: str, tensors: list[TensorEntry], lists: Mapping[str, Tensor]
 ) -> dict[str, bytes]:
     """The metadata: a GGUF base's own, unchanged, or made from a folder's files."""
-    base = source.base
+    base = source.file
     if isinstance(base, GgufBase):
         kept = base.gguf_metadata or {}
         entries = {key: base.entry(key) for key in kept if not key.startswith(NOT_KEPT)}
+        if isinstance(source.base, GrownBase):
+            added = grown_vocabulary(kept, source.base, architecture(source)[0])
+            entries |= {key: encode_value(value) for key, value in added.items()}
     else:
         keys = model_keys(source)
         check_meaning(source, keys, tensors, lists)
@@ -150,4 +154,4 @@ def _entries(
 
 def base_template(source: Source) -> str | None:
     """The chat template that the metadata has already."""
-    return source.base.chat_template if isinstance(source.base, GgufBase) else None
+    return source.base.chat_template if isinstance(source.file, GgufBase) else None

@@ -69,10 +69,14 @@ def _check_expressible(source: Source) -> None:
             fix="Name a run or an adapter, or use `--to gguf`.",
             path=source.base.path,
         )
-    others = [name for name in source.update.tensors if ".lora_" not in name]
+    spec, names = source.spec, source.spec.names
+    own = {names.embedding} | ({names.head} if spec.tied_head else set())
+    others = [
+        name for name in source.update.tensors if ".lora_" not in name or name.partition(".lora_")[0] in own
+    ]
     if others:
         raise AdapterError(
-            f"an adapter file of llama.cpp holds LoRA factors alone, and this adapter also trained "
+            "an adapter file of llama.cpp holds LoRA factors of linear weights alone, and this one trained "
             f"`{others[0]}`" + (f" and {len(others) - 1} more" if others[1:] else ""),
             fix="Use `--to gguf`, which merges them into one model.",
             path=source.adapter.path,

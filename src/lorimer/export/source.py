@@ -33,6 +33,7 @@ from lorimer.lora.adapter import (
 from lorimer.lora.layers import EMBEDDING_A, EMBEDDING_B, OWN_ROWS, LoraSpec
 from lorimer.lora.merge import embedding_name, head_name
 from lorimer.model.families import read_spec, why_not_native
+from lorimer.model.grow import GrownBase
 from lorimer.model.load import read_weight, stored_shape
 from lorimer.model.order import adapted_module
 from lorimer.model.spec import ModelSpec
@@ -61,6 +62,11 @@ class Source:
     tokenizer: Tokenizer
     template: ChatTemplate
     quant: QuantConfig  # how the base's weights were stored when the adapter was trained
+
+    @property
+    def file(self) -> BaseFiles:
+        """The base as its files are, without tokens that were added."""
+        return self.base.inner if isinstance(self.base, GrownBase) else self.base
 
     @cached_property
     def vocabulary(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Stack(NamedTuple):
 
 def architecture(source: Source) -> tuple[str, Architecture]:
     """llama.cpp's name for the architecture, and its row. Raises BaseError if llama.cpp has none."""
-    base, family = source.base, source.spec.family
+    base, family = source.file, source.spec.family
     if isinstance(base, GgufBase):
         return str((base.gguf_metadata or {}).get("general.architecture")), base.row
     found = architecture_for(family, base.tensors)
@@ -65,8 +65,8 @@ def file_stacks(source: Source) -> list[Stack]:
     for name in names:
         _check_name(source, row, name)
     own = stacks(row, names)
-    if isinstance(base, GgufBase):
-        own = {name: parts for name, parts in base.stacks().items() if name not in DIVISORS} | {
+    if isinstance(source.file, GgufBase):
+        own = {name: parts for name, parts in source.file.stacks().items() if name not in DIVISORS} | {
             name: parts for name, parts in own.items() if name == HEAD
         }
     found = [Stack(name, parts, _shape(source, row, name, parts)) for name, parts in own.items()]
@@ -87,7 +87,7 @@ def _check_name(source: Source, row: Architecture, name: str) -> None:
             fix="Use `--to merged`.",
             path=path,
         )
-    if isinstance(source.base, GgufBase) or not known.endswith(".bias"):
+    if isinstance(source.file, GgufBase) or not known.endswith(".bias"):
         return
     module = known.split(".")[-2]
     if not module.endswith(("norm", "norm_2")) and module not in row.biases:
@@ -125,7 +125,7 @@ def divisors(source: Source) -> dict[str, Tensor]:
     Raises BaseError for a scaling that llama.cpp does not compute in this architecture.
     """
     base, rope, spec = source.base, source.spec.rope, source.spec
-    if isinstance(base, GgufBase):
+    if isinstance(source.file, GgufBase):
         return {name: read_weight(base, spec, name) for name in DIVISORS if name in base.tensors}
     found = {}
     if rope.kind == "llama3":

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorimer.data.cuts import CUTS
-from lorimer.data.tokenizer import BYTE_NAME, Json, Tokenizer
+from lorimer.data.tokenizer import BYTE_NAME, GGUF_TEXT_TOKENS, Json, Tokenizer
 from lorimer.data.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from lorimer.errors import BaseError
+from lorimer.model.grow import GrownBase
 
 # Texts whose ids show a wrong splitting, merge order, digit rule, space rule or byte fallback.
 PROBES = (
@@ -55,8 +56,34 @@ def vocabulary_entries(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     made["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos
     if tokenizer.config.get("add_eos_token"):
         made["tokenizer.ggml.add_eos_token"] = True
+    made |= text_tokens(tokenizer.text_tokens)
     _check(tokenizer, made)
     return made
+
+
+def grown_vocabulary(metadata: Mapping[str, Any], base: GrownBase, architecture: str) -> dict[str, Any]:
+    """A GGUF base's own lists of tokens with those that were added, at their ids."""
+    found = {}
+    empty = {"tokens": "[PAD{}]", "token_type": UNUSED, "scores": 0.0}
+    for name, filler in empty.items():
+        if (old := metadata.get(f"tokenizer.ggml.{name}")) is None:
+            continue
+        more = range(len(old), base.rows)
+        found[f"tokenizer.ggml.{name}"] = [*old, *(_filled(filler, n) for n in more)]
+    kinds = [USER_DEFINED] * len(base.added.text) + [CONTROL] * len(base.added.special)
+    for number, token, kind in zip(base.added_ids, base.added.all, kinds, strict=True):
+        found["tokenizer.ggml.tokens"][number] = token
+        found["tokenizer.ggml.token_type"][number] = kind
+    sizes = [key for key in metadata if key == f"{architecture}.vocab_size"]
+    return found | dict.fromkeys(sizes, base.rows) | text_tokens(base.added.text)
+
+
+def text_tokens(tokens: Sequence[str]) -> dict[str, Any]:
+    return {GGUF_TEXT_TOKENS: list(tokens)} if tokens else {}
+
+
+def _filled(filler: Any, number: int) -> Any:
+    return filler.format(number) if isinstance(filler, str) else filler
 
 
 def end_of_turn(tokenizer: Tokenizer, end_ids: Sequence[int]) -> dict[str, Any]:
