@@ -143,7 +143,7 @@ def test_a_joined_answer_ends_where_it_ends_and_begins_where_the_template_lets_i
     ("content", "thought", "shown", "learnt"),
     [
         ("<think>XaX</think>\n\nXy", "", "m.content", "XaX\n</think>\n\nXy"),
-        ("<think>\n a \n</think>\n\n y", "", "m.content", " a \n</think>\n\n y"),
+        ("<think> a \n</think>\n\n y", "", "m.content", " a \n</think>\n\n y"),
         ("<think>a</think>b</think>c", "", "m.content", "a\n</think>\n\nb</think>c"),
         ("<think>why</think>y", "", "m.content.split('</think>')[-1]", "why\n</think>\n\ny"),
         ("y", "why", "m.content", "why\n</think>\n\ny"),
