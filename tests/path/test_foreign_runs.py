@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from foreign_bases import write_foreign_chat
 from lorimer.cli.app import run as lorimer
 from lorimer.config import config_from
-from lorimer.errors import Interrupted
+from lorimer.errors import ConfigError, Interrupted
 from lorimer.train.loop import train
 from lorimer.train.metrics import Silent
 from path.oracle import Oracle, mark_answers, plain_losses, quiet, write_adapter
@@ -119,3 +119,24 @@ def test_every_command_takes_such_a_base(tmp_path: Path, capsys: pytest.CaptureF
     refused = output("export", run, "--to", "gguf-lora", code=2)
     assert "`bloom` cannot be exported so" in refused
     assert "Traceback" not in refused
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora": {"target_modules": ["word_embeddings"]}}, "LoRA on `transformer.word_embeddings`"),
+        (
+            {"data": {"add_tokens": ["<tool>"]}},
+            "tokens can be added to bases of lorimer's own",
+        ),
+    ],
+)
+def test_what_only_the_own_decoder_trains_is_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    value = settings(tmp_path, write_foreign_chat(tmp_path / "base", "bloom"))
+    for block, given in change.items():
+        value[block] |= given
+    with pytest.raises(ConfigError, match=said):
+        train(config_from(value), reporter=Silent())
+    assert not (tmp_path / "runs").exists()

@@ -144,7 +144,8 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
     """Put adapters on these layers of the decoder. At once they change nothing: B begins as zeros.
 
     A begins uniform in +-1/sqrt(inputs), as PEFT draws it, from a generator seeded by (seed, name).
-    Raises ConfigError for a module to save that cannot be trained in full.
+    Raises ConfigError for a module to save that cannot be trained in full, and for LoRA on an embedding or
+    head where the decoder cannot compute it.
     """
     groups = _by_group(decoder, targets, spec)
     pieces: list[_Piece] = []
@@ -156,6 +157,14 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
         ]
         pieces += _bias_pieces(group, members, spec)
     tables = {table.path: table for table in (decoder.embedding, decoder.head)}
+    changed = [path for path in tables if path in spec.ranks or spec.tokens.get(path)]
+    if changed and not decoder.updates_tables:
+        raise ConfigError(
+            f"LoRA on `{changed[0]}`, or rows of it, are trained by lorimer's own decoder alone, and this "
+            "base runs through transformers",
+            fix="Name it in `lora.modules_to_save`, which trains it in full, or leave it out of "
+            "`lora.target_modules`.",
+        )
     for path, table in tables.items():
         if path in spec.ranks:
             pieces += _table_pieces(table, spec, seed, embedding=table is decoder.embedding)

@@ -60,6 +60,11 @@ class Decoder:
         self._heads = Heads(self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
 
     @property
+    def updates_tables(self) -> bool:
+        """Whether it computes LoRA, or rows of their own, on embedding and head."""
+        return True
+
+    @property
     def native(self) -> bool:
         """Whether the native kernels compute it all, to which every size of a pack is alike."""
         return computes(self.device, self.dtype)

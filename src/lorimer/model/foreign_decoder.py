@@ -124,6 +124,10 @@ class ForeignDecoder(Decoder):
     def native(self) -> bool:
         return False
 
+    @property
+    def updates_tables(self) -> bool:
+        return False
+
     def hidden(
         self,
         ids_T: Tensor,

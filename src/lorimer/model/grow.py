@@ -18,8 +18,8 @@ from lorimer.bases.mapped import Bytes
 from lorimer.bases.open import BaseFiles
 from lorimer.data.added import AddedTokens, add_tokens
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.errors import BaseError, UserError
-from lorimer.model.families import read_spec
+from lorimer.errors import BaseError, ConfigError, UserError
+from lorimer.model.families import read_spec, why_not_native
 from lorimer.quant.gguf_blocks import stored
 from lorimer.quant.gguf_encode import encode
 
@@ -114,6 +114,13 @@ def with_tokens(base: BaseFiles, added: AddedTokens) -> BaseFiles:
     """The base with these tokens; itself if there are none. Raises ConfigError or BaseError."""
     if not added:
         return base
+    if why := why_not_native(base.config):
+        raise ConfigError(
+            f"tokens can be added to bases of lorimer's own decoder alone: {why} "
+            f"(`{base.config.get('model_type')}`)",
+            fix="Leave `data.add_tokens` and `data.add_special_tokens` out.",
+            path=base.path,
+        )
     tokenizer, ids = add_tokens(Tokenizer.from_base(base), added)
     return GrownBase(base, tokenizer, added, ids)
 
