@@ -100,7 +100,8 @@ class _Head:
         self.states_MH = states.flatten(0, 1).index_select(0, self.want_M)
         if self.left_out:
             return states.new_zeros((1, 1, self.module.weight.shape[0]))
-        return cast(Tensor, self.own(self.states_MH[None])) * self.boost
+        logits = cast(Tensor, self.own(self.states_MH[None]))
+        return logits if self.boost == 1.0 else logits * self.boost
 
 
 @dataclass(slots=True)
@@ -264,7 +265,7 @@ class ForeignDecoder(Decoder):
                 after_1H, _ = self.run(ids_BS[:1, -1:], first, past=past, keep=True)
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
             return False
-        return not _apart(after_1H, whole_1H)
+        return not self._apart(after_1H, whole_1H)
 
     def next_hidden(self, ids_B: Tensor, cache: KVCache) -> Tensor:
         assert isinstance(cache, RowsCache)
@@ -362,6 +363,11 @@ class ForeignDecoder(Decoder):
         ids_BS[1, :5] = ids_BS[0, :5]
         return ids_BS.to(self.device)
 
+    def _apart(self, one: Tensor, other: Tensor) -> bool:
+        """Whether two results differ by more than this type's rounding, or are no numbers."""
+        limit = APART[self.dtype] * float(other.float().abs().max())
+        return not float((one.float() - other.float()).abs().max()) <= max(limit, 1e-30)
+
     def look(self, config: dict[str, Any]) -> None:
         """Find out what this model does with rows, gradients and logits, on a few tokens.
 
@@ -372,9 +378,9 @@ class ForeignDecoder(Decoder):
         with torch.no_grad():
             logits_MV, _ = self.run(ids_BS, want_M)
             alone_MV, _ = self.run(ids_BS[:1, :5], want_M[:5])
-        if _apart(logits_MV[:5], logits_MV[8:13]):
+        if self._apart(logits_MV[:5], logits_MV[8:13]):
             raise NotCausal
-        self.pads = self.rope.steady and not _apart(logits_MV[:5], alone_MV)
+        self.pads = self.rope.steady and not self._apart(logits_MV[:5], alone_MV)
         self._find_gradients(ids_BS, want_M)
         self._find_logits(ids_BS, want_M, config)
 
@@ -407,17 +413,11 @@ class ForeignDecoder(Decoder):
             logits_MV, _ = self.run(ids_BS, want_M)
         for scale, cap in _ways(config):
             found_MV = product_MV * head.boost * scale
-            if not _apart((found_MV / cap).tanh() * cap if cap else found_MV, logits_MV):
+            if not self._apart((found_MV / cap).tanh() * cap if cap else found_MV, logits_MV):
                 self.plain = head.left_out = True
                 self.spec = replace(self.spec, logit_scale=scale, logit_cap=cap)
                 break
         head.boost = 1.0
-
-
-def _apart(one: Tensor, other: Tensor) -> bool:
-    """Whether two results differ by more than rounding, or are no numbers."""
-    limit = APART.get(other.dtype, APART[torch.float32]) * float(other.float().abs().max())
-    return not float((one.float() - other.float()).abs().max()) <= max(limit, 1e-30)
 
 
 def _ways(config: dict[str, Any]) -> Iterator[tuple[float, float]]:
