@@ -20,7 +20,12 @@ prints it as it is and exits with the code; a traceback means a bug in lorimer.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+# A login in an address: https://user:token@host.
+CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+HIDDEN = "***"
 
 
 class LorimerError(Exception):
@@ -50,7 +55,8 @@ class LorimerError(Exception):
             place += ": "
         fix = f"\n  {self.fix}" if self.fix else ""
         # A name out of a damaged file may hold what no terminal can print.
-        return f"{place}{self.problem}{fix}".encode("utf-8", "backslashreplace").decode("utf-8")
+        text = f"{place}{self.problem}{fix}".encode("utf-8", "backslashreplace").decode("utf-8")
+        return CREDENTIALS.sub(HIDDEN, text)
 
 
 class UserError(LorimerError):

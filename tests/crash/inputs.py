@@ -91,6 +91,7 @@ def sound_inputs() -> Iterator[tuple[Path, int]]:
 
 
 def load_everything() -> None:
+    gc.set_threshold(100_000, 50, 50)  # as the program's own beginning does
     for command in app.COMMANDS.values():
         app.load_command(command)
     for name in USED:

@@ -141,7 +141,7 @@ BAD = {
     "NaN": ("a.jsonl", b'{"text": NaN}\n', 1, "NaN is not JSON", "null"),
     "-Infinity": ("a.jsonl", b'{"text": -Infinity}\n', 1, "-Infinity is not JSON", ""),
     "half an emoji": ("a.jsonl", b'{"text": "\\ud83d"}\n', 1, "\\ud83d is half of a character", "emoji"),
-    "number of 5000 digits": ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", 1, "not JSON", ""),
+    "number of 5000 digits": ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", 1, "more digits", "as text"),
     "deep": ("a.jsonl", b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}\n", 1, "nests deeper", ""),
     "too deep for Python": ("a.jsonl", b"[" * 200_000 + b"\n", 1, "nests deeper", ""),
     "too deep .json": ("a.json", b"[" * 200_000, 1, "nests deeper", ""),

@@ -8,7 +8,7 @@ COPY = "Copy or download it again."
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` of json.loads. Raises ValueError for a key twice: readers differ in which counts."""
+    """`object_pairs_hook` of json.loads. Raises ValueError for a key twice: each reader takes another."""
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()

@@ -323,7 +323,7 @@ class GgufBase(BaseFiles):
         try:
             return read_config(reading)
         except (KeyError, TypeError, ValueError, ArithmeticError, IndexError) as error:
-            named = reading.metadata.get("general.architecture")
+            named = str(reading.metadata.get("general.architecture"))
             if named not in ARCHITECTURES:
                 raise BaseError(
                     f"the architecture `{named}` is not supported",

@@ -81,7 +81,7 @@ from lorimer.train.resume import resumed_run
 from lorimer.train.schedule import learning_rate, warmup_steps
 from lorimer.train.step import StepGivenUp, StepResult, loss_scale, train_step
 from lorimer.train.stop import Stop, interruptible
-from lorimer.train.trackers import Trackers, open_trackers
+from lorimer.train.trackers import Trackers, open_trackers, without_secrets
 
 # Most tokens computed at once where memory is plenty: products are at full speed from about 1,000.
 LISTED = 200  # rows of a kind that run.json lists
@@ -481,7 +481,7 @@ class Session:
         }
         self.run.update_record(
             status="running",
-            command=shlex.join(sys.argv),
+            command=without_secrets(shlex.join(sys.argv)),
             version=__version__,
             versions={"python": sys.version.split()[0], "torch": torch.__version__},
             machine=look(self.run.path).to_dict(),

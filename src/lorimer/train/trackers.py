@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorimer.errors import ConfigError
+from lorimer.errors import CREDENTIALS, HIDDEN, ConfigError
 from lorimer.storage import write_json
 
 # What the run is filed under where the tracker's own environment variables do not say.
@@ -246,8 +246,6 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 _SECRET_NAME = re.compile(
     r"api_?key|secret|passw(or)?d|credential|authorization|(^|_)(token|key)$", re.IGNORECASE
 )
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-HIDDEN = "***"
 
 
 def without_secrets(value: Any) -> Any:
@@ -263,7 +261,7 @@ def without_secrets(value: Any) -> Any:
             # Shorter values are words like "true" more often than secrets.
             if len(secret) >= 8 and _SECRET_NAME.search(name):
                 value = value.replace(secret, HIDDEN)
-        return _CREDENTIALS.sub(HIDDEN, value)
+        return CREDENTIALS.sub(HIDDEN, value)
     return value
 
 
