@@ -134,7 +134,7 @@ def test_a_gguf_base_takes_tokens_and_its_export_keeps_what_it_said(tmp_path: Pa
     assert before is not None
     assert after is not None
     changed = {key for key in before if before[key] != after[key]}
-    assert changed == {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"}
+    assert changed == {"llama.vocab_size", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"}
 
 
 def test_an_adapter_with_tokens_needs_a_model_with_them(tmp_path: Path) -> None:
