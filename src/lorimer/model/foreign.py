@@ -130,7 +130,8 @@ def _classes(base: BaseFiles, why: str) -> tuple[Any, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        check_sizes(base.config)
+        # Some configs write 0 for no window.
+        check_sizes(base.config | {"sliding_window": base.config.get("sliding_window") or None})
         # Modules print and warn while they are built.
         with quiet():
             config = CONFIG_MAPPING[base.config["model_type"]](**_plain(base.config))
