@@ -92,7 +92,9 @@ FORBIDDEN_ATTRIBUTES = {
 }  # fmt: skip
 ORACLES = {"transformers", "peft", "trl", "accelerate", "gguf", "bitsandbytes"}
 # The extra `transformers`, which these import when a base needs it, and never before.
-EXTRA = {"model/foreign.py": "transformers", "model/foreign_spec.py": "transformers"}
+EXTRA = dict.fromkeys(
+    ("model/foreign.py", "model/foreign_known.py", "model/foreign_spec.py"), "transformers"
+)
 
 
 def dangers(tree: ast.AST) -> Iterator[str]:

@@ -386,6 +386,12 @@ def test_without_the_extra_the_error_says_what_to_install(
     assert "needs transformers" in facts["why"]
 
 
+def test_a_config_may_write_no_window_as_zero_and_infinity_as_a_table(tmp_path: Path) -> None:
+    write_foreign(tmp_path, "olmo")
+    rewrite(tmp_path, sliding_window=0, clip_qkv={"__float__": "Infinity"})
+    assert load_decoder(open_base(tmp_path), FP32).spec.family == "olmo"
+
+
 def test_a_row_longer_than_learned_positions_is_an_error(tmp_path: Path) -> None:
     tiny = make_foreign(tmp_path, "gpt_neo", max_position_embeddings=16)
     with pytest.raises(UserError, match="24 tokens is longer than the model's positions"):

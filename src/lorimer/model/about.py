@@ -6,7 +6,7 @@ from typing import Any
 
 from lorimer.errors import BaseError
 from lorimer.model.families import read_spec, why_not_native
-from lorimer.model.foreign import check_known, slower
+from lorimer.model.foreign_known import check_known, slower
 from lorimer.model.spec import ModelSpec
 
 

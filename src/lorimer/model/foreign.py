@@ -8,10 +8,7 @@ loaded, and at no other time.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
-import importlib.util
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,24 +19,17 @@ from lorimer.bases.open import IGNORED, BaseFiles
 from lorimer.config import QuantConfig
 from lorimer.errors import BaseError, UserError
 from lorimer.model.config import check_sizes
-from lorimer.model.families import FAMILIES
 from lorimer.model.foreign_decoder import ForeignDecoder, NotCausal, foreign_decoder
+from lorimer.model.foreign_known import check_known, slower
 from lorimer.model.load import Place
 from lorimer.model.tensors import NOT_WEIGHTS, listed
 from lorimer.quant.gguf_blocks import stored
 from lorimer.quant.part import NotFinite
 
-EXTRA = "pip install 'lorimer[transformers]'"
-LEAST_VERSION = 5
 WHOLE = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-
-
-def slower(config: Mapping[str, Any], why: str) -> str:
-    """What a person is told of such a base."""
-    return f"architecture `{config.get('model_type')}` runs through transformers, slower: {why}"
 
 
 def load_foreign(base: BaseFiles, place: Place, quant: QuantConfig, why: str) -> ForeignDecoder:
@@ -101,28 +91,6 @@ def _check_quant(base: BaseFiles, quant: QuantConfig) -> None:
         )
 
 
-def check_known(config: Mapping[str, Any], why: str, *, path: Any, brings_code: bool = False) -> None:
-    """Raise BaseError where transformers is not installed or has no code for the architecture, with what is
-    near."""
-    named = str(config.get("model_type"))
-    _check_installed(named, why, path)
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and named in CONFIG_MAPPING:
-        return
-    version = importlib.metadata.version("transformers")
-    near = _near(named, {*FAMILIES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
-    own = ""
-    if brings_code:
-        own = " Its config names code in the model's own folder (`auto_map`), which is never run."
-    raise BaseError(
-        f"the architecture `{named}` is not known: neither to lorimer nor to transformers {version}",
-        fix=(near or f"lorimer's own: {', '.join(FAMILIES)}.") + own,
-        path=path,
-    )
-
-
 def _classes(base: BaseFiles, why: str) -> tuple[Any, Any]:
     """transformers' config of this base, and its class for causal language models."""
     check_known(base.config, why, path=base.path, brings_code=base.brings_code)
@@ -130,7 +98,8 @@ def _classes(base: BaseFiles, why: str) -> tuple[Any, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        check_sizes(base.config)
+        # Some configs write 0 for no window.
+        check_sizes(base.config | {"sliding_window": base.config.get("sliding_window") or None})
         # Modules print and warn while they are built.
         with quiet():
             config = CONFIG_MAPPING[base.config["model_type"]](**_plain(base.config))
@@ -141,32 +110,6 @@ def _classes(base: BaseFiles, why: str) -> tuple[Any, Any]:
             fix="Check config.json against the model's original.",
             path=base.path,
         ) from error
-
-
-def _check_installed(named: str, why: str, path: Any) -> None:
-    version = ""
-    if importlib.util.find_spec("transformers") is not None:
-        version = importlib.metadata.version("transformers")
-    number = re.match(r"\d+", version)
-    if number and int(number[0]) >= LEAST_VERSION:
-        return
-    found = (
-        f"version {version} is installed (wanted: {LEAST_VERSION})" if version else "it is not installed"
-    )
-    near = _near(named, FAMILIES, "The nearest that runs without it")
-    raise BaseError(
-        f"the architecture `{named}` needs transformers, and {found}: {why}",
-        fix=f"Install it: {EXTRA}. " + (near or f"Without it run: {', '.join(FAMILIES)}."),
-        path=path,
-    )
-
-
-def _near(named: str, known: Any, text: str = "Did you mean") -> str:
-    """A sentence that names the nearest architecture, or nothing."""
-    found = difflib.get_close_matches(named, sorted(known), 1, cutoff=0.5)
-    if not found:
-        return ""
-    return f"{text} `{found[0]}`?" if text.startswith("Did") else f"{text}: `{found[0]}`."
 
 
 def _plain(config: Any) -> Any:
