@@ -152,6 +152,7 @@ def test_a_file_for_the_very_gguf_that_was_trained_on(tmp_path: Path, make: Make
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
         ({"modules_to_save": ["norm"]}, "model.norm.weight"),
         ({"bias": "all"}, "bias"),
+        ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
     ],
 )
 def test_what_an_adapter_file_cannot_hold_is_refused(

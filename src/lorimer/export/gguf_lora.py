@@ -76,7 +76,7 @@ def _check_expressible(source: Source) -> None:
     ]
     if others:
         raise AdapterError(
-            "an adapter file of llama.cpp holds LoRA factors of linear weights alone, and this one trained "
+            "an adapter file of llama.cpp holds LoRA factors alone, of linear weights; this one trained "
             f"`{others[0]}`" + (f" and {len(others) - 1} more" if others[1:] else ""),
             fix="Use `--to gguf`, which merges them into one model.",
             path=source.adapter.path,
