@@ -311,7 +311,7 @@ def test_sizes_that_the_weights_do_not_have_are_refused(tmp_path: Path, key: str
 
 
 def test_more_layers_than_tensors_are_refused(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "a.gguf", "mistral", metadata={"mistral.block_count": 2**32 - 1})
+    path = write_model(tmp_path / "a.gguf", metadata={"llama.block_count": 2**32 - 1})
     with pytest.raises(BaseError, match="`block_count` 4,294,967,295"):
         open_base(path)
 

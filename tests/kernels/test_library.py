@@ -251,3 +251,16 @@ def test_a_team_of_its_own_gives_the_same_bits() -> None:
     """As where PyTorch brings no OpenMP runtime of GNU's: the kernels' own threads do the work."""
     done = subprocess.run([sys.executable, "-c", OWN_TEAM], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == ("same\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "wanted"),
+    [
+        ("cpu", torch.float32, True),
+        ("cpu", torch.bfloat16, True),
+        ("cpu", torch.float16, False),
+        ("cuda", torch.float32, False),
+    ],
+)
+def test_where_and_in_what_the_kernels_compute(device: str, dtype: torch.dtype, wanted: bool) -> None:
+    assert library.computes(torch.device(device), dtype) is (wanted and library.available())

@@ -27,8 +27,8 @@ def test_what_is_not_native_says_what_runs_it() -> None:
 
 
 def test_a_setting_that_the_decoder_does_not_compute_is_named() -> None:
-    facts = computed({"model_type": "stablelm", "qk_layernorm": True}, "x")
-    assert "`qk_layernorm` is on" in facts["slower"]
+    facts = computed({"model_type": "falcon", "alibi": True}, "x")
+    assert "`alibi` is on" in facts["slower"]
 
 
 def test_what_nothing_runs_says_why() -> None:
