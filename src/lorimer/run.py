@@ -194,10 +194,13 @@ def _point_last(parent: Path, name: str) -> None:
 def find_run(name: str, parent: Path) -> RunFolder:
     """A run by its folder, by its name under `parent`, or as `last`. ConfigError if there is none."""
     for path in (Path(name), parent / name):
-        if path.is_file():
-            path = path.parent / path.read_text(encoding="utf-8").strip()
-        if (path / "config.yaml").is_file():
-            return RunFolder(path.resolve())
+        try:
+            if path.is_file():
+                path = path.parent / path.read_text(encoding="utf-8").strip()
+            if (path / "config.yaml").is_file():
+                return RunFolder(path.resolve())
+        except (OSError, ValueError):
+            continue  # a name that no file can have, or a file that holds no name
     raise ConfigError(
         f"there is no run `{name}`: neither {name} nor {parent / name} holds a config.yaml",
         fix="Give the run's folder, its name, or `last`; `output.dir` says where runs are.",

@@ -63,6 +63,8 @@ CASES = [
     line("a base that is not there", "show smollm9", "`smollm9`", "Known to pull: smollm2-135m"),
     line("a base with a path longer than any", ["show", LONG], "there is no base", "Known to pull"),
     line("a run that is not there", "train --resume nope", "there is no run `nope`", "or `last`"),
+    line("a run that is a file", "train --resume train.jsonl", "there is no run `train.jsonl`", "or `last`"),
+    line("a run with a path longer than any", ["verify", LONG], "there is no run", "or `last`"),
     line("a run to verify that is not there", "verify nope", "there is no run `nope`", "or `last`"),
     line("an adapter that is a base", "merge base --out m", "there is nothing to merge", "folder of an adapter"),
     line("a file of prompts that is not there", "generate adapter --file none.txt", "none.txt", "Check the path"),

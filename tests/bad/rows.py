@@ -32,6 +32,13 @@ def table(what: str, make: Make, *says: str) -> Case:
     return Case(what, make, says, ("train", "c.yaml", "data.train=rows.parquet"))
 
 
+def in_latin(folder: Path) -> None:
+    """Text columns whose bytes are not UTF-8: the library does not look at them when it opens a file."""
+    parquet({"prompt": "abcabc", "completion": "b"})(folder)
+    whole = (folder / "rows.parquet").read_bytes()
+    (folder / "rows.parquet").write_bytes(whole.replace(b"abcabc", b"caf\xe9 a"))
+
+
 def cut(folder: Path) -> None:
     whole = (folder / "rows.parquet").read_bytes()
     (folder / "rows.parquet").write_bytes(whole[: len(whole) // 2])
@@ -93,6 +100,7 @@ CASES = [
     file("a header alone", "header-alone.csv", "header-alone.csv: the file holds no rows"),
     table("Parquet that is none", put("rows.parquet", b"PAR2"), "rows.parquet: it cannot be read as Parquet", "Copy it again"),
     table("Parquet that is cut short", cut, "rows.parquet: it cannot be read as Parquet", "Copy it again"),
+    table("Parquet of Latin-1", in_latin, "rows.parquet: it cannot be read as Parquet", "Copy it again"),
     table("Parquet of numbers", parquet({"prompt": 1, "completion": 2}), "rows.parquet:1: `prompt` is a number, wanted text", "Write it as text"),
     table("Parquet of bytes", parquet({"prompt": b"a", "completion": b"b"}), "rows.parquet:1: `prompt` is bytes, wanted text", "Write it as text"),
     # what a row says

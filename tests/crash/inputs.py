@@ -28,7 +28,7 @@ import runs
 from lorimer.cli import app
 
 # Of the processor; a machine that is busy with other work may take longer, but never so much.
-SECONDS, WAITED, MEMORY = 10, 60.0, 512_000_000
+SECONDS, WAITED, MEMORY = 10, 300.0, 512_000_000
 TRAIN, RESUME = ["train", "c.yaml"], ["train", "--resume", "runs/whole"]
 GENERATE = ["generate", "adapter", "a", "--max-tokens", "1"]
 CHECKPOINT = "runs/whole/checkpoints/step-000001"

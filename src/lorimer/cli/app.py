@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import gc
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -77,6 +78,10 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; every message is printed here."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name out of a damaged file may hold what no terminal can print.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(list(arguments))
         sys.stdout.flush()

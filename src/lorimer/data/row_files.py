@@ -271,7 +271,7 @@ def _parquet(path: Path, source: str) -> Iterator[Found]:
         with parquet.ParquetFile(path) as file:
             batches: Iterable[Any] = file.iter_batches()
             yield from enumerate((value for batch in batches for value in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # also a text that is not UTF-8
         reason = str(error).splitlines()[0]
         fix = "Copy it again, or write it again as Parquet or .jsonl."
         raise DataError(f"it cannot be read as Parquet: {reason}", fix=fix, path=source) from None

@@ -91,7 +91,7 @@ def read_scores(path: Path) -> Scores:
         return Scores.from_json(json.loads(path.read_text(encoding="utf-8")))
     except DataError as error:
         raise DataError(error.problem, fix=error.fix, path=path) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot be read ({error})", fix="Run `lorimer eval` again.", path=path) from error
 
 

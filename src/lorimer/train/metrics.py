@@ -78,7 +78,8 @@ class MetricsFile:
         self.path = path
         with storage_errors(path):
             if keep_until is not None and path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
+                # What is written is ASCII; a byte that is none makes its line one to drop.
+                lines = path.read_text(encoding="ascii", errors="replace").splitlines()
                 kept = [line for line in lines if _step_of(line) <= keep_until]
                 write_file(path, "".join(line + "\n" for line in kept))
             self._file: IO[str] = path.open("a", encoding="utf-8")
@@ -100,11 +101,24 @@ class MetricsFile:
 
 
 def _step_of(line: str) -> int:
-    """The step of a line; a line that a crash cut short counts as one to drop."""
+    """The step of a line; one that a crash cut short, or that is damaged, counts as one to drop."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        value = json.loads(line)
+        numbers = [value[key] for key in ("loss", "valid_loss") if key in value]
+        rows, losses = value.get("rows"), value.get("losses")
+        if isinstance(losses, list):  # of row_losses.jsonl
+            numbers += losses
+            if not isinstance(rows, list) or len(rows) != len(losses):
+                return sys.maxsize
+            numbers += rows
+        sound = type(value["step"]) is int and "\ufffd" not in line
+        return value["step"] if sound and all(map(_is_number, numbers)) else sys.maxsize
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return sys.maxsize
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def peak_memory(device: torch.device) -> int:
