@@ -67,7 +67,7 @@ CASES = [
     # other kinds
     says("prefix tuning", "of the kind PREFIX_TUNING (wanted: LORA)", "train a LoRA adapter", peft_type="PREFIX_TUNING"),
     says("DoRA", "use_dora, which is not supported", "Merge it with the tool that made it", use_dora=True),
-    says("tokens of its own", "trainable_token_indices", "Merge it with the tool", trainable_token_indices=[1, 2]),
+    says("tokens of its own without their rows", "`trainable_token_indices` names tokens", "against the adapter's original", trainable_token_indices=[1, 2]),
     says("a kind that is a number", "of the kind 5 (wanted: LORA)", "train a LoRA adapter", peft_type=5),
     # settings
     says("no rank", "`r` is None", "against the adapter's original", r=...),

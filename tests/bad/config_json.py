@@ -32,10 +32,10 @@ CASES = [
     text("a number of 5,000 digits", '{"vocab_size": ' + "9" * 5000 + "}", "this is not JSON", "Copy"),
     text("a key twice", '{"model_type": "llama", "model_type": "gpt2"}', "`model_type` is there twice", "Copy"),
     # the architecture
-    says("an architecture that is not known", "the architecture `lama` is not supported", "Did you mean `llama`", model_type="lama"),
+    says("an architecture that is not known", "the architecture `lama` is not known", "Did you mean `llama`", model_type="lama"),
     says("no architecture", "does not say `model_type`", CHECK, model_type=...),
-    says("an architecture that is a number", "`7`", "Supported: llama", model_type=7),
-    says("code of its own for an unknown architecture", "the architecture `my_model` is not supported", "Supported: llama",
+    says("an architecture that is a number", "`7`", "lorimer's own: llama", model_type=7),
+    says("code of its own for an unknown architecture", "the architecture `my_model` is not known", "which is never run",
          model_type="my_model", auto_map={"AutoModelForCausalLM": "modeling.Canary"}, trust_remote_code=True),
     says("an activation that is not known", "the activation `swoosh` is not known", "silu", hidden_act="swoosh"),
     says("a rope scaling that is not known", "the rope scaling `spiral` is not known", "llama3", rope_parameters={"rope_type": "spiral"}),

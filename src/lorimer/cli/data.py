@@ -245,10 +245,13 @@ def _template(base: str | None, config: DataConfig) -> tuple[BaseFiles, ChatTemp
     from lorimer.data.template import ChatTemplate
     from lorimer.data.tokenizer import Tokenizer
     from lorimer.errors import TemplateError
-    from lorimer.model.grow import with_tokens
 
     added = AddedTokens.of_config(config)
-    opened = with_tokens(open_base(resolve_base(base or DEFAULT_BASE)), added)
+    opened = open_base(resolve_base(base or DEFAULT_BASE))
+    if added:  # rows of new tokens need torch, whose import takes longer than most checks
+        from lorimer.model.grow import with_tokens
+
+        opened = with_tokens(opened, added)
     source = opened.chat_template
     if config.chat_template is not None:
         try:

@@ -361,6 +361,12 @@ def tokens_in(files: AdapterFiles, rows: Mapping[str, int]) -> dict[str, tuple[i
     Raises AdapterError.
     """
     paths = [name.removesuffix(f".{OWN_ROWS}") for name in files.tensors if name.endswith(OWN_ROWS)]
+    if files.config.get("trainable_token_indices") and not paths:
+        raise AdapterError(
+            f"`trainable_token_indices` names tokens, and {WEIGHTS} has no rows of theirs",
+            fix=CHECK,
+            path=files.path / CONFIG,
+        )
     found = {}
     for path in paths:
         ids = _listed_ids(files, path)

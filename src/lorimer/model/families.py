@@ -438,7 +438,10 @@ ONE_HEAD_SIZE: Config = {"head_dim": None, "num_key_value_heads": None}
 def why_not_native(config: Config) -> str | None:
     """What sends a base to the slower path through transformers; None for one that the decoder computes, or
     whose config `read_spec` refuses."""
-    family = FAMILIES.get(str(config.get("model_type")))
+    named = config.get("model_type")
+    family = FAMILIES.get(str(named))
+    if named is None:
+        return None
     if family is None:
         return "lorimer's own decoder does not know it"
     try:
