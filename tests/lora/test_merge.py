@@ -216,6 +216,13 @@ def test_the_report_says_how_much_was_rounded_away(tmp_path: Path) -> None:
     assert shares[1] < 0.3
 
 
+def test_rows_that_no_token_of_the_adapter_has_are_not_counted_as_rounded_away(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "base")
+    adapter = adapted(tiny, tokens=[7, 100], r=2)
+    report = merge(tiny.base, tiny.decoder.spec, adapter, tmp_path / "merged", dtype="fp32")
+    assert report.unchanged < 0.01
+
+
 @pytest.mark.trap(54)
 def test_merging_changes_neither_the_base_nor_the_live_model(tmp_path: Path) -> None:
     """And a second merge gives the same bytes: nothing was added to what is in memory."""

@@ -309,7 +309,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "heads that do not divide": (lambda f: rewrite(f, n_head=7), "cannot build it from this config"),
     "a vast size": (lambda f: rewrite(f, vocab_size=10**12), "`vocab_size` is"),
     "nobody knows it": (lambda f: rewrite(f, model_type="blooom"), "(?s)neither to lorimer.*`bloom`"),
-    "no architecture": (lambda f: rewrite(f, model_type=None), "neither to lorimer"),
+    "no architecture": (lambda f: rewrite(f, model_type=None), "does not say `model_type`"),
     "code of its own": (
         lambda f: rewrite(f, model_type="nobodys", auto_map={"AutoConfig": "evil.Config"}),
         "(?s)never run",

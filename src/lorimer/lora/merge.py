@@ -156,8 +156,10 @@ def merged_tensors(
         if merged is not None:
             used |= _tensors_of(spec, name)
             counts["adapted"] += 1
-            counts["same"] += int((merged.to(dtype) == value.to(dtype)).sum())
-            counts["numbers"] += value.numel()
+            own = adapter.spec.tokens.get(name.removesuffix(".weight"))
+            changed, before = (part[list(own)] if own else part for part in (merged, value))
+            counts["same"] += int((changed.to(dtype) == before.to(dtype)).sum())
+            counts["numbers"] += before.numel()
         yield name, (value if merged is None else merged).to(dtype).contiguous()
     tied = {head_name(spec)} if spec.tied_head and embedding_name(spec) in adapter.tensors else set()
     lost = sorted(set(adapter.tensors) - used - tied)
