@@ -68,7 +68,8 @@ LOOPS = {
 }
 SECONDS, TRIES = 0.2, 5
 COPIED = 256 << 20
-MM_SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (2048, 576, 3072)]
+MM_SHAPES = [(1024, 1024, 1024), (2048, 576, 3072), (2048, 2048, 2048), (4096, 4096, 4096)]
+SLOW = 2.0  # seconds of a product after which no larger one is tried: a type that is emulated
 
 
 def measure(threads: int) -> dict[str, float]:
@@ -82,7 +83,7 @@ def measure(threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         if name not in found:
-            found[name] = found[f"torch_mm_{name}"] = max(_mm(shape, dtype) for shape in MM_SHAPES)
+            found[name] = found[f"torch_mm_{name}"] = _best_mm(dtype)
     source = torch.ones(COPIED // 4)
     target = torch.empty_like(source)
     found["copy"] = 2 * COPIED / 1e9 / _best(lambda: target.copy_(source))
@@ -141,6 +142,17 @@ def _seconds(function: Any, turns: int, threads: int) -> float:
     for worker in workers:
         worker.join()
     return time.perf_counter() - began
+
+
+def _best_mm(dtype: Any) -> float:
+    """The most GFLOP/s of torch's products."""
+    best = 0.0
+    for rows, inner, columns in MM_SHAPES:
+        found = _mm((rows, inner, columns), dtype)
+        best = max(best, found)
+        if 2 * rows * inner * columns / 1e9 / found > SLOW:
+            break
+    return best
 
 
 def _mm(shape: tuple[int, int, int], dtype: Any) -> float:
