@@ -1,7 +1,7 @@
 # ruff: noqa: E501  (tables)
 """Damaged inputs of every kind: one message each, never a traceback, a hang or a half-made run.
 
-python tests/crash/mutate.py                10,000 inputs, under an hour on two processors
+python tests/crash/mutate.py                10,000 inputs, about an hour
 python tests/crash/mutate.py --inputs 300   as many
 python tests/crash/mutate.py --first 10000  others than those
 python tests/crash/mutate.py --only 4711    one of them, and what it said
