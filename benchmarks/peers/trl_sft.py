@@ -32,7 +32,7 @@ def settings(job: Job) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.bfloat16 if job.is_bf16 else torch.float32,
         )
     if job.variant == "trl-packed":
         tuned |= {

@@ -130,7 +130,7 @@ CUTS: dict[str, Cut] = {
     "olmo": Cut([GPT2_SPLIT], composes=True),
     # Llama 3, Falcon 3, Pixtral, LFM 2.
     "llama-bpe": _LLAMA3,
-    # SmolLM3 and others with Llama 3's or GPT-4's cut whose words are merged all the same: OLMo 2, Phi-4.
+    # Llama 3's or GPT-4's cut, but a word is merged even if it is a token: SmolLM3, OLMo 2, Phi-4, GLM-4.
     "dbrx": Cut([split(LLAMA3), BYTE_LEVEL]),
     # Qwen 1.5 to 3, StableLM 2; DeepSeek R1's distillation does not compose characters.
     "qwen2": Cut([split(QWEN2), BYTE_LEVEL], composes=True),
@@ -150,7 +150,7 @@ _OTHERS = {
     "smollm": ("starcoder", "refact"),
     "olmo": ("mpt",),
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"),
-    "dbrx": ("smaug-bpe",),
+    "dbrx": ("smaug-bpe", "glm4", "chatglm-bpe"),
     "qwen2": ("stablelm2",),
     "deepseek-r1-qwen": ("megrez",),
     "gpt-4o": ("llama4",),
