@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                  some minutes; ends with 1 if one is out of bounds
     python benchmarks/memory.py --only wide-few
+    python benchmarks/memory.py --dtype fp32     each in this type, as where bf16 is not native and slow
 
 A run's plan is in its run.json; the peak is the kernel's, loading included. Bases are random, of shapes
 unlike each other, but for SmolLM2. Rows are full: two of them are a step of two packs.
@@ -35,10 +36,10 @@ CASES = (
 )
 
 
-def cases(only: str | None) -> Iterator[tuple[str, int, str, str, str]]:
+def cases(only: str | None, dtype: str | None) -> Iterator[tuple[str, int, str, str, str]]:
     for shape in SHAPES:
         if only in (None, shape):
-            yield from ((shape, *case) for case in CASES)
+            yield from ((shape, *case[:3], dtype or case[3]) for case in CASES)
 
 
 def measured(base: str, folder: Path, tokens: int, quant: str, rung: str, dtype: str) -> tuple[int, int]:
@@ -96,13 +97,14 @@ def prepare(scratch: Path, shape: str) -> tuple[str, Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Planned against measured peak memory.")
     parser.add_argument("--only", choices=SHAPES)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="in place of each case's own")
     args = parser.parse_args()
     bad = 0
     head = f"{'base':<14}{'tokens':>7}  {'quant':<6}{'again':<8}{'type':<6}"
     print(f"{head}{'planned':>9}{'measured':>10}{'error':>8}")
     with tempfile.TemporaryDirectory(prefix="lorimer-memory-") as scratch:
         ready: dict[str, tuple[str, Path]] = {}
-        for shape, tokens, quant, rung, dtype in cases(args.only):
+        for shape, tokens, quant, rung, dtype in cases(args.only, args.dtype):
             if shape not in ready:
                 ready[shape] = prepare(Path(scratch), shape)
             planned, peak = measured(*ready[shape], tokens, quant, rung, dtype)

@@ -24,7 +24,7 @@ from lorimer.errors import BaseError, UserError
 from lorimer.generate.engine import generate_ids
 from lorimer.generate.sampling import Sampling
 from lorimer.lora.adapter import attach_adapter, new_adapter, read_adapter
-from lorimer.lora.layers import LoraDropout
+from lorimer.lora.layers import LoraDropout, remove
 from lorimer.lora.merge_foreign import merge_foreign
 from lorimer.model.about import computed
 from lorimer.model.foreign import load_foreign
@@ -34,6 +34,7 @@ from lorimer.train.plan import make_plan, stated_load, target_of
 from tiny import (
     FP32,
     PEFT_NOISE,
+    Tiny,
     apart,
     difference,
     example,
@@ -67,14 +68,18 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FOREIGN)
 def test_loss_and_gradients_equal_peft(family: str, tmp_path: Path) -> None:
-    tiny = make_foreign(tmp_path / "base", family)
-    adapter, _ = new_adapter(tiny.decoder, LoraConfig(r=3, alpha=5), seed=3)
+    check_against_peft(make_foreign(tmp_path / "base", family), LoraConfig(r=3, alpha=5), (), tmp_path)
+
+
+def check_against_peft(tiny: Tiny, settings: LoraConfig, tokens: tuple[int, ...], folder: Path) -> None:
+    """Loss and gradients of an adapter, and the merged model, are those of PEFT with the saved adapter."""
+    adapter, _ = new_adapter(tiny.decoder, settings, seed=3, tokens=tokens)
     shake(adapter)
-    save(tmp_path / "adapter", tiny, adapter)
+    save(folder / "adapter", tiny, adapter)
     pack = packed()
     loss, _ = pack_loss(tiny.decoder, pack, weight=1 / pack.trained_tokens, smoothing=0.1)
     loss.backward()
-    peft = PeftModel.from_pretrained(tiny.hf, tmp_path / "adapter", is_trainable=True).eval()
+    peft = PeftModel.from_pretrained(tiny.hf, folder / "adapter", is_trainable=True).eval()
     total = torch.zeros(())
     for row in ROWS:
         logits = peft(torch.tensor([row]), use_cache=False).logits[0]
@@ -86,6 +91,52 @@ def test_loss_and_gradients_equal_peft(family: str, tmp_path: Path) -> None:
     assert set(theirs) == set(adapter.tensors)
     for name, tensor in adapter.tensors.items():
         assert difference(tensor.grad, theirs[name]) < 1e-4, name
+
+
+# Tied or not; a bias at the head; rows that are scaled; a cap on logits; logits that are divided.
+TABLES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "gpt_neo": ({}, ["wte", "lm_head", "q_proj"]),
+    "bloom": ({"tie_word_embeddings": False}, ["word_embeddings", "lm_head"]),
+    "codegen": ({}, ["wte", "lm_head", "fc_in"]),
+    "xglm": ({}, ["embed_tokens", "fc1"]),
+    "nanochat": ({}, ["embed_tokens", "lm_head"]),
+    "granitemoe": ({}, ["embed_tokens", "lm_head", "q_proj"]),
+}
+
+
+@pytest.mark.trap(43)
+@pytest.mark.parametrize("family", TABLES)
+def test_lora_on_embedding_and_head_equals_peft(family: str, tmp_path: Path) -> None:
+    changes, names = TABLES[family]
+    tiny = make_foreign(tmp_path / "base", family, **changes)
+    check_against_peft(tiny, LoraConfig(r=3, alpha=5, target_modules=names), (), tmp_path)
+    check_merged(tiny, tmp_path)
+
+
+@pytest.mark.trap(43)
+@pytest.mark.parametrize("family", TABLES)
+def test_rows_of_their_own_equal_peft(family: str, tmp_path: Path) -> None:
+    changes, names = TABLES[family]
+    tiny = make_foreign(tmp_path / "base", family, **changes)
+    linear = [name for name in names if name not in ("lm_head", "wte", "embed_tokens", "word_embeddings")]
+    settings = LoraConfig(r=2, alpha=4, target_modules=linear or "all-linear")
+    if family == "codegen":  # PEFT leaves out the head's bias where rows of it are trained
+        tiny.hf.lm_head.bias.data.zero_()
+        tiny.decoder._head.module.bias.data.zero_()
+    check_against_peft(tiny, settings, (5, 70, 9), tmp_path)
+    if family == "codegen":
+        tiny.decoder._head.module.bias.data.normal_()
+    check_merged(tiny, tmp_path)
+
+
+def check_merged(tiny: Tiny, folder: Path) -> None:
+    """The adapter that was saved there, read again and merged, is the live model in transformers."""
+    remove(tiny.decoder)
+    adapter = attach_adapter(tiny.decoder, read_adapter(folder / "adapter"))
+    report = merge_foreign(tiny.base, tiny.decoder, adapter, folder / "m", dtype="fp32", extra_files={})
+    merged = AutoModelForCausalLM.from_pretrained(report.path, dtype=torch.float32).eval()
+    assert report.adapted > 0
+    assert apart(tiny.decoder, merged) < 1e-5
 
 
 @pytest.mark.parametrize("family", FOREIGN)

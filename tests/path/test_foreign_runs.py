@@ -12,14 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from foreign_bases import write_foreign_chat
-from lorimer.cli.app import run as lorimer
+from lorimer.cli.app import run as main
 from lorimer.config import config_from
-from lorimer.errors import ConfigError, Interrupted
+from lorimer.errors import Interrupted
+from lorimer.generate.model import load
 from lorimer.train.loop import train
 from lorimer.train.metrics import Silent
 from path.oracle import Oracle, mark_answers, plain_losses, quiet, write_adapter
 from path.test_losses_equal_peft_trl import assert_equal, our_losses
 from small_base import CHATML, write_rows
+from tiny import difference, hf_logits, our_logits
 
 STEPS = 12
 
@@ -99,7 +101,7 @@ def test_every_command_takes_such_a_base(tmp_path: Path, capsys: pytest.CaptureF
     said = "architecture `bloom` runs through transformers, slower: lorimer's own decoder does not know it"
 
     def output(*arguments: str, code: int = 0) -> str:
-        assert lorimer([*arguments]) == code, capsys.readouterr()
+        assert main([*arguments]) == code, capsys.readouterr()
         captured = capsys.readouterr()
         return captured.out + captured.err
 
@@ -121,22 +123,31 @@ def test_every_command_takes_such_a_base(tmp_path: Path, capsys: pytest.CaptureF
     assert "Traceback" not in refused
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"lora": {"target_modules": ["word_embeddings"]}}, "LoRA on `transformer.word_embeddings`"),
-        (
-            {"data": {"add_tokens": ["<tool>"]}},
-            "tokens can be added to bases of lorimer's own",
-        ),
-    ],
-)
-def test_what_only_the_own_decoder_trains_is_refused(
-    change: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    value = settings(tmp_path, write_foreign_chat(tmp_path / "base", "bloom"))
-    for block, given in change.items():
-        value[block] |= given
-    with pytest.raises(ConfigError, match=said):
-        train(config_from(value), reporter=Silent())
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.trap(43)
+@pytest.mark.parametrize("family", ["bloom", "codegen", "openai-gpt"])
+def test_tokens_are_added_and_merged(family: str, tmp_path: Path) -> None:
+    """Tied and not, with a bias at the head, and tensors that are named without the outermost part."""
+    given = settings(tmp_path, write_foreign_chat(tmp_path / "base", family))
+    rows = Path(given["data"]["train"])
+    text = rows.read_text(encoding="utf-8")
+    rows.write_text(text.replace('"assistant", "content": "', '"assistant", "content": "<tool> '), "utf-8")
+    assert "<tool>" in rows.read_text("utf-8")
+    given["data"]["add_tokens"] = ["<tool>"]
+    given["output"]["name"] = "whole"
+    skip = ("embeddings",)
+    whole = train(config_from(given), skip_preflight=skip)
+    given["output"]["name"] = "stopped"
+    with pytest.raises(Interrupted):
+        train(config_from(given), reporter=StopsAt(3), skip_preflight=skip)
+    stopped = train(None, resume=tmp_path / "runs/stopped").path
+    name = "adapter/adapter_model.safetensors"
+    assert (whole.path / name).read_bytes() == (stopped / name).read_bytes()
+    said = (whole.adapter / "README.md").read_text("utf-8")
+    assert ("PEFT leaves out the bias" in said) == (family == "codegen")
+    model = load(whole.path, dtype="fp32")
+    ids = model.prompt_ids("ab <tool>")
+    assert 259 in ids
+    assert main(["merge", str(whole.path), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert merged.get_input_embeddings().weight.shape[0] == 260
+    assert difference(our_logits(model.decoder, [ids])[0], hf_logits(merged, ids)) < 1e-5

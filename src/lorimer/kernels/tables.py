@@ -74,6 +74,19 @@ class TableUpdate:
             return (rows_TH.float() + self.low_rank.rows(ids_T)).to(rows_TH.dtype)
         return rows_TH if self.own is None else self.own.onto(rows_TH, ids_T)
 
+    def onto_logits(self, logits: Tensor, states: Tensor, bias_V: Tensor | None) -> Tensor:
+        """Logits [..., V] of the frozen head, whose bias is `bias_V`, with the update; by autograd."""
+        if self.low_rank is not None:
+            factors = self.low_rank
+            more = (states.float() @ factors.a.t() @ factors.b.t()) * factors.scale
+            return (logits.float() + more).to(logits.dtype)
+        if self.own is None:
+            return logits
+        ids_K = self.own.ids_K
+        own = states @ self.own.rows_KH.to(states.dtype).t()
+        own = own if bias_V is None else own + bias_V[ids_K]
+        return logits.index_copy(-1, ids_K, own.to(logits.dtype))
+
 
 @dataclass(frozen=True, slots=True)
 class UpdatedHead:

@@ -118,7 +118,7 @@ def table_numbers(decoder: Decoder, config: LoraConfig, tokens: int) -> int:
             continue
         if table.path in full:
             total += rows * columns
-        elif table is not decoder.positions:
+        elif table is decoder.embedding or table is decoder.head:
             total += tokens * columns
     return total
 
@@ -482,7 +482,7 @@ def fill_adapter(
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / OURS).write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(config, ours), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(config, ours, decoder), encoding="utf-8")
 
 
 def _peft_name(name: str, adapter: Adapter) -> str:
@@ -560,7 +560,7 @@ def _parameters(paths: Sequence[str], decoder: Decoder) -> list[str]:
     return sorted(ends if whole == chosen else chosen)
 
 
-def _readme(config: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def _readme(config: Mapping[str, Any], ours: Mapping[str, Any], decoder: Decoder) -> str:
     base, added = config["base_model_name_or_path"], ours.get("added_tokens") or {}
     tokens = ", ".join(f"`{token}`" for kind in ("text", "special") for token in added.get(kind, []))
     grown = added.get("rows")
@@ -570,6 +570,8 @@ def _readme(config: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         if tokens
         else ""
     )
+    if tokens and not decoder.product_only:
+        first += "\nFor other tools merge it: PEFT leaves out the bias of this head beside trained rows.\n"
     return f"""---
 library_name: peft
 base_model: {base}

@@ -157,14 +157,15 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
         ]
         pieces += _bias_pieces(group, members, spec)
     tables = {table.path: table for table in (decoder.embedding, decoder.head)}
-    changed = [path for path in tables if path in spec.ranks or spec.tokens.get(path)]
-    if changed and not decoder.updates_tables:
-        raise ConfigError(
-            f"LoRA on `{changed[0]}`, or rows of it, are trained by lorimer's own decoder alone, and this "
-            "base runs through transformers",
-            fix="Name it in `lora.modules_to_save`, which trains it in full, or leave it out of "
-            "`lora.target_modules`.",
-        )
+    for path in tables:
+        dropout = spec.dropout if path in spec.ranks else 0.0
+        changed = path in spec.ranks or rows_owner(path, decoder.spec, spec)
+        if changed and (why := decoder.why_no_update(path, dropout)):
+            raise ConfigError(
+                f"LoRA on `{path}`, or rows of it, cannot be trained here: {why}",
+                fix="Name it in `lora.modules_to_save`, which trains it in full, or leave it out of "
+                "`lora.target_modules`.",
+            )
     for path, table in tables.items():
         if path in spec.ranks:
             pieces += _table_pieces(table, spec, seed, embedding=table is decoder.embedding)

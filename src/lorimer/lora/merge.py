@@ -250,15 +250,23 @@ def _update(spec: ModelSpec, name: str, value: Tensor, adapter: Update) -> Tenso
     module, part, parts = adapted_module(spec, name)
     if name in adapter.tensors:
         return adapter.for_files(name).float()
+    return updated(spec, module, value, adapter, part, parts) if name.endswith(".weight") else None
+
+
+def updated(
+    spec: ModelSpec, module: str, value: Tensor, adapter: Update, part: int = 0, parts: int = 1
+) -> Tensor | None:
+    """A module's weight with its update, in float32; None if there is none. Where the weight is
+    one of several that an adapter has as one, it is this part of so many."""
     owner = rows_owner(module, spec, adapter.spec)
-    if owner is not None and name.endswith(".weight"):
+    if owner is not None:
         ids_K = torch.tensor(adapter.spec.tokens[owner], device=value.device)
         return value.index_copy(0, ids_K, adapter.for_files(f"{owner}.{OWN_ROWS}").float())
     if f"{module}.{EMBEDDING_A}" in adapter.tensors:
         a, b = (adapter.for_files(f"{module}.{name}") for name in (EMBEDDING_A, EMBEDDING_B))
         return value + adapter.spec.scale(module) * (b @ a).t()
     down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-    if not name.endswith(".weight") or down not in adapter.tensors or up not in adapter.tensors:
+    if down not in adapter.tensors or up not in adapter.tensors:
         return None
     up_OR = adapter.for_files(up).chunk(parts)[part]
     return value + adapter.spec.scale(module) * (up_OR @ adapter.for_files(down))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lorimer.bases.open import BaseFiles
 from lorimer.lora.layers import Adapter
-from lorimer.lora.merge import MergeReport, check_target, untied
+from lorimer.lora.merge import MergeReport, check_target, untied, updated
 from lorimer.model.foreign import quiet
 from lorimer.model.foreign_decoder import ForeignDecoder
 from lorimer.model.load import TYPES
-from lorimer.quant.linear import FrozenLinear
+from lorimer.quant.linear import DenseLinear, FrozenLinear
 from lorimer.storage import check_space, write_folder
 
 SHARD = "4GB"
@@ -78,33 +78,33 @@ def _merged(
 ) -> Tensor:
     """A weight or bias of the model with the update in it, as the model has it, on the CPU."""
     module, _, kind = name.rpartition(".")
-    linear = decoder.linear(module) if kind == "weight" else None
     if name in adapter.tensors:
         counts["adapted"] += 1
         return adapter.for_files(name).to("cpu", dtype, copy=True)
-    if linear is None:
+    linear = decoder.linear(module)
+    if kind != "weight" or (linear is None and module not in (decoder.embedding.path, decoder.head.path)):
         return own.to("cpu", dtype, copy=True)
-    value = cast(FrozenLinear, linear.linear.weight).dequantise(torch.float32).cpu()
-    found = value
-    if f"{module}.lora_A.weight" in adapter.tensors:
-        up_OR, down_RI = (
-            adapter.for_files(f"{module}.lora_B.weight"),
-            adapter.for_files(f"{module}.lora_A.weight"),
-        )
-        found = value + adapter.spec.scale(module) * (up_OR @ down_RI).cpu()
+    frozen = cast(FrozenLinear, linear.linear.weight) if linear else DenseLinear(own)
+    value = frozen.dequantise(torch.float32)
+    found = updated(decoder.spec, module, value, adapter)
+    if found is not None:
         counts["adapted"] += 1
-        counts["same"] += int((found.to(dtype) == value.to(dtype)).sum())
-        counts["numbers"] += value.numel()
-    return (found.t() if decoder.lies_across(module) else found).to(dtype).contiguous()
+        ids = adapter.spec.tokens.get(module)
+        changed, before = (part[list(ids)] if ids else part for part in (found, value))
+        counts["same"] += int((changed.to(dtype) == before.to(dtype)).sum())
+        counts["numbers"] += before.numel()
+    merged = value if found is None else found
+    return (merged.t() if decoder.lies_across(module) else merged).to("cpu", dtype, copy=True).contiguous()
 
 
 def _take_apart(decoder: ForeignDecoder, adapter: Adapter, dtype: torch.dtype) -> None:
     """A head of its own, where head and embedding were one and are so no longer."""
-    model, names = decoder.model, (decoder.head.path, decoder.embedding.path)
+    model, base = decoder.model, decoder.embedding.weight.dequantise(torch.float32)
     model.config.tie_word_embeddings = False
-    for path in names:
+    for path in (decoder.head.path, decoder.embedding.path):
         name = f"{path}.weight"
-        base = decoder.embedding.weight.dequantise(torch.float32)
-        value = adapter.for_files(name) if name in adapter.tensors else base
+        trained = name in adapter.tensors
+        value = adapter.for_files(name) if trained else updated(decoder.spec, path, base, adapter)
+        value = base if value is None else value
         weight = nn.Parameter(value.to("cpu", dtype, copy=True), requires_grad=False)
         model.get_submodule(path).weight = weight

@@ -59,9 +59,13 @@ class Decoder:
         self._gate = Gate(self.spec.activation, self.spec.gated)
         self._heads = Heads(self.spec.heads, self.spec.kv_heads, self.spec.head_dim)
 
+    def why_no_update(self, path: str, dropout: float) -> str | None:
+        """Why LoRA with this dropout, or rows of their own, cannot be computed on the embedding or head."""
+        return None
+
     @property
-    def updates_tables(self) -> bool:
-        """Whether it computes LoRA, or rows of their own, on embedding and head."""
+    def product_only(self) -> bool:
+        """Whether the head can be no more than a product."""
         return True
 
     @property

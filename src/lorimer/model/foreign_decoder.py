@@ -21,6 +21,7 @@ from lorimer.config import QuantConfig
 from lorimer.errors import UserError
 from lorimer.kernels import dispatch
 from lorimer.kernels.dispatch import Dropout, Linear, Norm
+from lorimer.kernels.tables import TableUpdate, UpdatedHead
 from lorimer.model.cache import KVCache
 from lorimer.model.decoder import Decoder
 from lorimer.model.foreign_cache import PAST, RowsCache
@@ -82,11 +83,30 @@ class _Logits:
         return losses_M.detach(), grad
 
 
+class _Embedding:
+    """The model's embedding, with what training puts on its rows."""
+
+    def __init__(self, module: Any, update: Callable[[], TableUpdate | None]) -> None:
+        self.module, self.own, self.update = module, module.forward, update
+        plain = type(module).forward is nn.Embedding.forward
+        # transformers' classes that scale their rows call the factor so.
+        self.scale = 1.0 if plain else getattr(module, "embed_scale", None)
+        self.is_lookup = self.scale is not None and module.max_norm is None
+        module.forward = self.forward
+
+    def forward(self, ids: Tensor) -> Tensor:
+        update = self.update()
+        if update is None:
+            return cast(Tensor, self.own(ids))
+        rows_TH = nn.functional.embedding(ids.flatten(), self.module.weight)
+        return update.rows(rows_TH, ids.flatten()).view(*ids.shape, -1) * (self.scale or 1.0)
+
+
 class _Head:
     """The model's head: it sees only the positions that are wanted, and keeps what it saw of them."""
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.own = module, module.forward
+    def __init__(self, module: Any, update: Callable[[], TableUpdate | None]) -> None:
+        self.module, self.own, self.update = module, module.forward, update
         self.want_M: Tensor | None = None
         self.shape: tuple[int, ...] = ()
         self.states_MH: Tensor | None = None
@@ -96,12 +116,16 @@ class _Head:
 
     def forward(self, states: Tensor) -> Tensor:
         if self.want_M is None or tuple(states.shape[:2]) != self.shape:
-            return cast(Tensor, self.own(states))
+            return self._logits(states)
         self.states_MH = states.flatten(0, 1).index_select(0, self.want_M)
         if self.left_out:
             return states.new_zeros((1, 1, self.module.weight.shape[0]))
-        logits = cast(Tensor, self.own(self.states_MH[None]))
+        logits = self._logits(self.states_MH[None])
         return logits if self.boost == 1.0 else logits * self.boost
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits, update = cast(Tensor, self.own(states)), self.update()
+        return logits if update is None else update.onto_logits(logits, states, self.module.bias)
 
 
 @dataclass(slots=True)
@@ -118,6 +142,7 @@ class ForeignDecoder(Decoder):
     plain: bool = False  # whether logits are the head's product, scaled or capped
     says: dict[str, Any] = field(default_factory=dict)  # arguments that its forward takes
     _head: _Head = field(init=False)
+    _embedding: _Embedding = field(init=False)
     _masks: Callable[[int, int, int], Dropout] | None = None
     _zeros: list[Tensor] = field(default_factory=list)  # added to each linear layer's result, to be traced
 
@@ -125,9 +150,12 @@ class ForeignDecoder(Decoder):
     def native(self) -> bool:
         return False
 
-    @property
-    def updates_tables(self) -> bool:
-        return False
+    def why_no_update(self, path: str, dropout: float) -> str | None:
+        if path == self.embedding.path and not self._embedding.is_lookup:
+            return "its embedding does more than look rows up"
+        if path == self.head.path and dropout and not self.plain and self.device.type != "meta":
+            return "its head does more than a product, and `lora.dropout` is set"
+        return None
 
     def hidden(
         self,
@@ -291,12 +319,8 @@ class ForeignDecoder(Decoder):
         scale, states_MH = self.spec.logit_scale, hidden_MH.to(self.head.weight.dtype)
         return states_MH if scale == 1.0 else dispatch.scaled(states_MH, scale)
 
-    def head_weight(self) -> Tensor | FrozenLinear:
-        if not self.plain:
-            return cast(FrozenLinear, _Logits())
-        if self.adapted and self.head.trained is not None:
-            return self.head.trained
-        return self.head.weight
+    def head_weight(self) -> Tensor | FrozenLinear | UpdatedHead:
+        return Decoder.head_weight(self) if self.plain else cast(FrozenLinear, _Logits())
 
     def first_not_finite(self, ids_T: Tensor, lengths: Sequence[int], prefix: int = 0) -> str | None:
         found: list[str] = []
@@ -354,7 +378,7 @@ class ForeignDecoder(Decoder):
 
     @property
     def product_only(self) -> bool:
-        """Whether the head can be no more than a product; for certain only once tokens were looked at."""
+        """For certain only once tokens were looked at."""
         return getattr(self._head.module, "bias", None) is None
 
     def _probe_ids(self) -> Tensor:
@@ -489,7 +513,11 @@ def foreign_decoder(
     )
     arguments = inspect.signature(model.forward).parameters
     decoder.says = {"use_cache": False} if "use_cache" in arguments else {}
-    decoder._head = _Head(model.get_output_embeddings())
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    decoder._embedding = _Embedding(
+        tables[0], lambda: decoder.embedding.update if decoder.adapted else None
+    )
+    decoder._head = _Head(tables[1], lambda: decoder.head.update if decoder.adapted else None)
     for number, linear in enumerate(spec.linears):
         _take_over(decoder, number, linear, quant)
     if not decoder.linears:

@@ -6,6 +6,7 @@ those are used, else the tables grow by as many as are missing, and by none that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -18,8 +19,9 @@ from lorimer.bases.mapped import Bytes
 from lorimer.bases.open import BaseFiles
 from lorimer.data.added import AddedTokens, add_tokens
 from lorimer.data.tokenizer import Tokenizer
-from lorimer.errors import BaseError, ConfigError, UserError
+from lorimer.errors import BaseError, UserError
 from lorimer.model.families import read_spec, why_not_native
+from lorimer.model.spec import ModelSpec
 from lorimer.quant.gguf_blocks import stored
 from lorimer.quant.gguf_encode import encode
 
@@ -44,27 +46,27 @@ class GrownBase(BaseFiles):
         self.gguf_metadata, self.chat_template = base.gguf_metadata, base.chat_template
         self.generation_config = base.generation_config
         self.tokenizer_json, self.tokenizer_config = tokenizer.to_json(), tokenizer.config
-        spec = read_spec(base.config, path=str(base.path))
+        spec = _spec(base)
+        self._own_rows = spec.vocab_size
         self.rows = max(spec.vocab_size, ids[-1] + 1)
         self.config = base.config | {"vocab_size": self.rows}
-        names = [f"{spec.names.embedding}.weight", f"{spec.names.head}.weight"]
-        self.tables = [name for name in names if name in base.tensors]
+        self.tables = list(_tables(base, spec))
         self.tensors = base.tensors | {name: self._entry(name) for name in self.tables}
 
     @property
     def grows(self) -> bool:
         """Whether the base has fewer rows than its tokens now need."""
-        return self.rows > int(self.inner.config["vocab_size"])
+        return self.rows > self._own_rows
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.inner.tensors[name]
-        if len(entry.shape) != 2 or name.removesuffix("weight") + "SCB" in self.inner.tensors:
+        if len(entry.shape) > 2 or name.removesuffix("weight") + "SCB" in self.inner.tensors:
             raise BaseError(
                 f"`{name}` is quantised in this base, and cannot take the rows of new tokens",
                 path=self.path,
             )
         nbytes = entry.nbytes // entry.shape[0] * self.rows
-        return entry._replace(shape=(self.rows, entry.shape[1]), nbytes=nbytes)
+        return entry._replace(shape=(self.rows, *entry.shape[1:]), nbytes=nbytes)
 
     def raw(self, name: str) -> Bytes:
         if name not in self.tables:
@@ -84,7 +86,7 @@ class GrownBase(BaseFiles):
         """The bytes of a new row of each table."""
         found = {}
         for name in self.tables:
-            total_H, count = torch.zeros(self.tensors[name].shape[1], dtype=torch.float64), 0
+            total_H, count = torch.zeros(self._width(name), dtype=torch.float64), 0
             for part in self._stretches(name):
                 total_H, count = total_H + part.double().sum(0), count + len(part)
             row = (total_H / count).float().unsqueeze(0)
@@ -98,10 +100,14 @@ class GrownBase(BaseFiles):
         """The rows that the base was trained with: those of the ids before the new ones."""
         entry = self.inner.tensors[name]
         raw = self.inner.raw(name).reshape(entry.shape[0], -1)[: self.added_ids[0]]
-        step = max(1, STRETCH // entry.shape[1])
+        step = max(1, STRETCH // self._width(name))
         for first in range(0, len(raw), step):
             here = raw[first : first + step]
-            yield stored(here.reshape(-1), entry.dtype, (len(here), entry.shape[1]))
+            yield stored(here.reshape(-1), entry.dtype, (len(here), self._width(name)))
+
+    def _width(self, name: str) -> int:
+        """Numbers for a token: 1 of a head's bias."""
+        return math.prod(self.inner.tensors[name].shape[1:])
 
     def release(self) -> None:
         self.inner.release()
@@ -110,17 +116,27 @@ class GrownBase(BaseFiles):
         return self.inner.fingerprint()
 
 
+def _spec(base: BaseFiles) -> ModelSpec:
+    """The names and sizes of the base's tables, whoever computes it."""
+    if base.kind != "gguf" and (why := why_not_native(base.config)):
+        from lorimer.model.foreign import shape_of
+
+        return shape_of(base, why, torch.float32).spec
+    return read_spec(base.config, path=str(base.path))
+
+
+def _tables(base: BaseFiles, spec: ModelSpec) -> Iterator[str]:
+    """The base's tensors that have a row for each token. Files of transformers may leave out the name of
+    the model's outermost part."""
+    head = spec.names.head
+    for name in (f"{spec.names.embedding}.weight", f"{head}.weight", f"{head}.bias"):
+        yield from dict.fromkeys(n for n in (name, name.partition(".")[2]) if n in base.tensors)
+
+
 def with_tokens(base: BaseFiles, added: AddedTokens) -> BaseFiles:
     """The base with these tokens; itself if there are none. Raises ConfigError or BaseError."""
     if not added:
         return base
-    if why := why_not_native(base.config):
-        raise ConfigError(
-            f"tokens can be added to bases of lorimer's own decoder alone: {why} "
-            f"(`{base.config.get('model_type')}`)",
-            fix="Leave `data.add_tokens` and `data.add_special_tokens` out.",
-            path=base.path,
-        )
     tokenizer, ids = add_tokens(Tokenizer.from_base(base), added)
     return GrownBase(base, tokenizer, added, ids)
 

@@ -9,10 +9,12 @@ import torch
 
 from lorimer.bases.open import BaseFiles
 from lorimer.config import RunConfig
+from lorimer.lora.adapter import table_numbers
 from lorimer.lora.layers import LoraSpec, inject
 from lorimer.lora.targets import Target, select_targets
 from lorimer.model.foreign import shape_of
 from lorimer.model.foreign_decoder import PADDING, ForeignDecoder
+from lorimer.model.grow import added_ids
 from lorimer.quant.linear import DenseLinear
 from lorimer.train.memory import FLOAT, PREFLIGHT_TOKENS, STATE, TOUCHED, Memory, Shape, stored_bytes
 from lorimer.train.plan import AGAIN, Load, Plan, choose, packed_tokens
@@ -42,6 +44,7 @@ def foreign_plan(
     targets = select_targets(decoder, config.lora.target_modules, config.lora.layers)
     shape = Shape(decoder.spec, {}, {}, dtype.itemsize, config.quant, optimizer=config.train.optimizer)
     numbers = sum(config.lora.r * (t.group.inputs + t.outputs) for t in targets)
+    numbers += table_numbers(decoder, config.lora, len(added_ids(base)))
     kept = _kept(decoder, targets, config.lora.r)
     file_bytes = sum(entry.nbytes for entry in base.tensors.values())
     measure = partial(
