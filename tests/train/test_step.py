@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -327,6 +328,25 @@ def test_a_pack_that_does_not_fit_is_halved(base: Any, monkeypatch: pytest.Monke
     assert asked == [44]
     assert isinstance(asked[0], int)
     assert result.split == 44
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layers"])
+def test_nothing_of_a_pack_is_held_while_the_next_is_computed(
+    recompute: str, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, _, optimizer = parts(base)
+    monkeypatch.setattr(decoder, "recompute", recompute)
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(*given: Any, **settings: Any) -> Any:
+        assert not any(loss() is not None for loss in seen)
+        loss, each_M = pack_loss(*given, **settings)
+        seen.append(weakref.ref(loss))
+        return loss, each_M
+
+    monkeypatch.setattr(step_module, "pack_loss", watched)
+    train_step(decoder, optimizer, split_into_packs(examples([9, 30, 14]), 31), step=0, learning_rate=0.0)
+    assert len(seen) > 1
 
 
 def test_the_stages_of_a_step_have_their_names(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,8 @@ def _gradients(
         by_row |= _row_means(pack, each_M.detach())
         with trace.stage("backward"):
             loss.backward()
+        # Not while the next pack is computed: its graph still holds what `again` closures compute from.
+        del loss, masks
         total += value
     return total, tuple(by_row[row] for row in sorted(by_row))
 
