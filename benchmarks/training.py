@@ -44,7 +44,7 @@ PEERS = {
 }
 OURS = ("lorimer", "lorimer-nf4")
 CONTESTANTS = [*OURS, *PEERS]
-IN_FP32 = ("lorimer", "trl-default", "trl-tuned")
+IN_FP32 = ("lorimer", "lorimer-nf4", "trl-default", "trl-tuned", "trl-nf4")
 # Peers that want other versions than those they are compared with have an environment of their own.
 PYTHONS = {
     "torchtune": process.ROOT / ".venv-bench-torchtune" / "bin" / "python",
