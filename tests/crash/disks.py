@@ -68,7 +68,9 @@ def main() -> int:
         if args.faults is not None:
             step = len(cases) / args.faults
             cases = [cases[int(step * (number + 0.5))] for number in range(args.faults)]
-        for kind, number, stays in cases:
+        for done, (kind, number, stays) in enumerate(cases):
+            if done % 100 == 0:
+                print(f"{done} of {len(cases)}", file=sys.stderr, flush=True)
             wrong = problems(place, kind, number, stays=stays)
             bad += bool(wrong)
             for line in wrong:
