@@ -36,7 +36,7 @@ def test_home_is_chosen_or_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert home() == tmp_path / "cache/lorimer"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "work"))
     assert home() == tmp_path / ".cache/lorimer"
     monkeypatch.setenv("LORIMER_HOME", "~/here")
     assert home() == tmp_path / "here"
@@ -56,8 +56,8 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder.mkdir()
     assert resolve_base("model") == folder
     assert resolve_base(folder) == folder
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_base("~/work/model") == folder
+    monkeypatch.setenv("HOME", str(tmp_path / "work"))
+    assert resolve_base("~/model") == folder
 
 
 def test_nothing_is_kept_at_first() -> None:

@@ -269,7 +269,7 @@ def test_a_quantised_file_with_the_familys_vocabulary_says_what_transformers_say
         mine = open_base(export_gguf(source, tmp_path / f"{kind}.gguf", kind).path)
         assert dtype in {entry.dtype for entry in mine.tensors.values()}
         rounded = dict(checked(source, mine))
-    check_vocabulary(before, mine, text)
+    check_vocabulary(before, mine, is_gemma=family.startswith("gemma"))
     state = {name: rounded[name if name in rounded else "lm_head.weight"] for name in stored}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     hf, decoder = opened(folder).hf, load_decoder(mine, FP32)
@@ -278,8 +278,8 @@ def test_a_quantised_file_with_the_familys_vocabulary_says_what_transformers_say
     check_greedy(decoder, hf, Tokenizer.from_base(mine), tokenizers.Tokenizer.from_str(text))
 
 
-def check_vocabulary(before: Tokenizer, file: BaseFiles, text: str) -> None:
-    after, is_gemma = Tokenizer.from_base(file), '"▁▁"' in text
+def check_vocabulary(before: Tokenizer, file: BaseFiles, *, is_gemma: bool) -> None:
+    after = Tokenizer.from_base(file)
     for line in PLAIN + NUMERIC:
         if not line.startswith((" ", "▁")) and not (is_gemma and "▁" in line):
             assert after.encode_content(line) == before.encode_content(line), line

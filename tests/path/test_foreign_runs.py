@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from foreign_bases import write_foreign_chat
 from lorimer.cli.app import run as main
 from lorimer.config import config_from
-from lorimer.errors import Interrupted
+from lorimer.errors import ConfigError, Interrupted
 from lorimer.generate.model import load
 from lorimer.train.loop import train
 from lorimer.train.metrics import Silent
@@ -151,3 +151,23 @@ def test_tokens_are_added_and_merged(family: str, tmp_path: Path) -> None:
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert merged.get_input_embeddings().weight.shape[0] == 260
     assert difference(our_logits(model.decoder, [ids])[0], hf_logits(merged, ids)) < 1e-5
+
+
+def test_dropout_before_lora_on_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    given = settings(tmp_path, write_foreign_chat(tmp_path / "base", "codegen"), dropout=0.1)
+    given["lora"]["target_modules"] = ["lm_head"]
+    with pytest.raises(ConfigError, match="does more than a product") as caught:
+        train(config_from(given), reporter=Silent())
+    assert "lora.dropout: 0" in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_counts_tables_that_are_trained(tmp_path: Path) -> None:
+    given = settings(tmp_path, write_foreign_chat(tmp_path / "base", "codegen"))
+    given["lora"]["modules_to_save"] = ["wte"]
+    given["data"]["add_tokens"] = ["<tool>"]
+    run = train(config_from(given), skip_preflight=("embeddings",))
+    planned = json.loads((run.path / "run.json").read_text(encoding="utf-8"))["planned_memory"]
+    adapter = load(run.path, dtype="fp32").adapter
+    assert adapter is not None
+    assert planned["gradients"] == 4 * adapter.parameters

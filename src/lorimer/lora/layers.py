@@ -163,8 +163,8 @@ def inject(decoder: Decoder, targets: Sequence[Target], spec: LoraSpec, *, seed:
         if changed and (why := decoder.why_no_update(path, dropout)):
             raise ConfigError(
                 f"LoRA on `{path}`, or rows of it, cannot be trained here: {why}",
-                fix="Name it in `lora.modules_to_save`, which trains it in full, or leave it out of "
-                "`lora.target_modules`.",
+                fix="Name it in `lora.modules_to_save`, which trains it in full"
+                + (", or set `lora.dropout: 0`." if dropout else "."),
             )
     for path, table in tables.items():
         if path in spec.ranks:

@@ -60,7 +60,8 @@ class GrownBase(BaseFiles):
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.inner.tensors[name]
-        if len(entry.shape) > 2 or name.removesuffix("weight") + "SCB" in self.inner.tensors:
+        sizes = 1 if name.endswith(".bias") else 2
+        if len(entry.shape) != sizes or name.removesuffix("weight") + "SCB" in self.inner.tensors:
             raise BaseError(
                 f"`{name}` is quantised in this base, and cannot take the rows of new tokens",
                 path=self.path,
@@ -130,7 +131,7 @@ def _tables(base: BaseFiles, spec: ModelSpec) -> Iterator[str]:
     the model's outermost part."""
     head = spec.names.head
     for name in (f"{spec.names.embedding}.weight", f"{head}.weight", f"{head}.bias"):
-        yield from dict.fromkeys(n for n in (name, name.partition(".")[2]) if n in base.tensors)
+        yield from (known for known in (name, name.partition(".")[2]) if known in base.tensors)
 
 
 def with_tokens(base: BaseFiles, added: AddedTokens) -> BaseFiles:
