@@ -36,7 +36,7 @@ def test_home_is_chosen_or_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert home() == tmp_path / "cache/lorimer"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "work"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert home() == tmp_path / ".cache/lorimer"
     monkeypatch.setenv("LORIMER_HOME", "~/here")
     assert home() == tmp_path / "here"
