@@ -107,6 +107,62 @@ def test_dropout_reaches_the_layers(decoder: Decoder) -> None:
     assert (without - dropped).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("gemma2", {"final_logit_softcapping": 0.5})],
+    ids=["llama", "capped"],
+)
+def test_a_head_with_lora_by_hand(
+    family: str, changes: dict[str, Any], smoothing: float, tmp_path: Path
+) -> None:
+    """Only the head is adapted, so what dropout takes away is a part of its input alone."""
+    decoder = make_tiny(tmp_path / "tiny", family, **changes).decoder
+    head_OI = decoder.head.weight.dequantise().float()
+    rows = [[*ROWS[2][:10], *row] for row in ROWS]
+    pack = make_pack(
+        [example(row, [i >= 12 for i in range(len(row))]) for row in rows], [4, 0, 7], share=True
+    )
+    assert pack.prefix == 10
+    with torch.no_grad():
+        hidden_MH = decoder.finish(
+            decoder.hidden(pack.ids_T, pack.lengths, prefix=pack.prefix, only_M=pack.predict_M)
+        )
+    settings = LoraConfig(r=2, alpha=6, dropout=0.5, target_modules=["lm_head"])
+    adapter, _ = new_adapter(decoder, settings, seed=0)
+    shake(adapter)
+    a, b = (tensor.detach() for tensor in adapter.tensors.values())
+    dropout = LoraDropout(0.5, 3, torch.float32, torch.device("cpu"))
+    masks = dropout.for_pack(0, pack.rows, pack.lengths)
+    ours = masks(len(decoder.projections()), hidden_MH.shape[1], pack.computed_tokens)
+    kept_MH = ours.pool_PI[ours.picks_T[pack.predict_M]]
+    assert 0.4 < float((kept_MH == 0).float().mean()) < 0.6
+    for given, dropped_MH in ((masks, hidden_MH * kept_MH), (None, hidden_MH)):
+        logits_MV = hidden_MH @ head_OI.T + 3.0 * (dropped_MH @ a.T @ b.T)
+        if decoder.spec.logit_cap:
+            logits_MV = 0.5 * torch.tanh(logits_MV / 0.5)
+        expected_M = cross_entropy(logits_MV, pack.labels_M, reduction="none", label_smoothing=smoothing)
+        loss, each_M = pack_loss(decoder, pack, weight=0.25, smoothing=smoothing, dropouts=given)
+        torch.testing.assert_close(each_M, expected_M, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss, 0.25 * expected_M.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_own_rows_of_a_head_lose_nothing_by_dropout(decoder: Decoder) -> None:
+    adapter, _ = new_adapter(
+        decoder, LoraConfig(r=2, dropout=0.5, target_modules=["o_proj"]), seed=0, tokens=[ROWS[0][4], 99]
+    )
+    with torch.no_grad():
+        for name, tensor in adapter.tensors.items():
+            if "o_proj" not in name:
+                tensor.add_(0.3)
+    pack = a_pack()
+    masks = LoraDropout(0.5, 0, torch.float32, torch.device("cpu")).for_pack(0, pack.rows, pack.lengths)
+    # B of o_proj is still zero: the masks have nothing to take.
+    torch.testing.assert_close(
+        pack_loss(decoder, pack, weight=1.0, dropouts=masks)[1], pack_losses(decoder, pack)
+    )
+
+
 @pytest.mark.parametrize(
     ("tokens", "native", "computed", "lengths"),
     [

@@ -6,6 +6,7 @@ Letters: T tokens, H hidden, M trained positions.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,27 +51,28 @@ def pack_loss(
         dropouts=dropouts,
         only_M=pack.predict_M.to(device),
     )
-    picked_MH, head = decoder.finish(hidden_MH), decoder.head_weight()
+    head = decoder.head_weight()
     if isinstance(head, UpdatedHead):
-        drop = dropouts and head.update.low_rank and dropouts(*_head_input(decoder), pack.computed_tokens)
-        masks = Dropout(drop.pool_PI, drop.picks_T.cpu()[pack.predict_M].to(device)) if drop else None
-        return replace(head, dropout=masks).loss(
-            *(picked_MH, pack.labels_M.to(device)),
-            weight=weight,
-            smoothing=smoothing,
-            softcap=decoder.spec.logit_cap,
-        )
-    return dispatch.head_loss(
-        *(picked_MH, head, pack.labels_M.to(device)),
+        head_loss = replace(head, dropout=_head_masks(decoder, pack, head, dropouts)).loss
+    else:
+        head_loss = partial(dispatch.head_loss, head=head)
+    return head_loss(
+        decoder.finish(hidden_MH),
+        labels_M=pack.labels_M.to(device),
         weight=weight,
         smoothing=smoothing,
         softcap=decoder.spec.logit_cap,
     )
 
 
-def _head_input(decoder: Decoder) -> tuple[int, int]:
-    """The number and the size of the head's input, as dropout counts them: after all projections."""
-    return len(decoder.projections()), decoder.spec.hidden_size
+def _head_masks(
+    decoder: Decoder, pack: Pack, head: UpdatedHead, dropouts: Dropouts | None
+) -> Dropout | None:
+    """Those of the trained positions. Dropout counts the head's input after all projections'."""
+    if dropouts is None or head.update.low_rank is None:
+        return None
+    masks = dropouts(len(decoder.projections()), decoder.spec.hidden_size, pack.computed_tokens)
+    return replace(masks, picks_T=masks.picks_T[pack.predict_M.to(decoder.device)])
 
 
 def pack_losses(decoder: Decoder, pack: Pack) -> Tensor:
