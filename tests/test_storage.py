@@ -207,6 +207,30 @@ def test_a_truncated_or_missing_manifest_is_found(tmp_path: Path) -> None:
     assert verify_folder(folder) == "manifest.json is missing"
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_manifest_that_lists_what_is_elsewhere_is_not_believed(tmp_path: Path, absolute: bool) -> None:
+    """Though size and content are as listed."""
+    folder, outside = tmp_path / "x", tmp_path / "outside"
+    write_folder(folder, filler(OLD))
+    outside.write_bytes(OLD["a.txt"])
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    name = str(outside) if absolute else "../outside"
+    manifest["files"][name] = manifest["files"]["a.txt"]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert verify_folder(folder) == f"its manifest lists {name!r}, which is no file of this folder"
+
+
+def test_a_file_that_the_manifest_does_not_list_is_found(tmp_path: Path) -> None:
+    """One that is hidden is an editor's or the system's."""
+    folder = tmp_path / "x"
+    write_folder(folder, filler(OLD))
+    (folder / ".swp").touch()
+    assert verify_folder(folder) is None
+    for name in ("z.bin", "more"):
+        (folder / name).touch()
+        assert verify_folder(folder) == f"{name} is not in the manifest"
+
+
 def test_every_flipped_digit_of_the_manifest_is_found(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     write_folder(folder, filler(OLD))

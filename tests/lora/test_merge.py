@@ -23,7 +23,15 @@ from lorimer.errors import AdapterError, StorageError, UserError
 from lorimer.lora import merge as merging
 from lorimer.lora.adapter import attach_adapter, new_adapter, read_adapter
 from lorimer.lora.layers import Adapter
-from lorimer.lora.merge import MergedBase, ShardWriter, check_target, merge
+from lorimer.lora.merge import (
+    MergedBase,
+    ShardWriter,
+    check_target,
+    merge,
+    merged_tensors,
+    untied,
+    updated,
+)
 from lorimer.model.load import load_decoder
 from tiny import (
     FAMILIES,
@@ -298,19 +306,20 @@ def test_too_little_space_is_said_beforehand(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("changes", "settings", "dtype"),
+    ("family", "changes", "settings", "dtype"),
     [
-        ({}, {"r": 3, "bias": "all"}, "bf16"),
-        ({}, {"r": 3, "modules_to_save": ["embed_tokens"]}, "fp16"),
-        (TIED, {"r": 2, "modules_to_save": ["lm_head"]}, "fp32"),
+        ("llama", {}, {"r": 3, "bias": "all"}, "bf16"),
+        ("llama", {}, {"r": 3, "modules_to_save": ["embed_tokens"]}, "fp16"),
+        ("llama", TIED, {"r": 2, "modules_to_save": ["lm_head"]}, "fp32"),
+        ("gpt2", {}, {"r": 3}, "fp32"),  # whose files have weights the other way round
     ],
 )
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_what_is_looked_at_before_writing_is_what_is_written(
-    changes: dict[str, Any], settings: dict[str, Any], dtype: str, kind: str, tmp_path: Path
+    family: str, changes: dict[str, Any], settings: dict[str, Any], dtype: str, kind: str, tmp_path: Path
 ) -> None:
     """Name by name: shape, type, bytes; and the settings around them."""
-    tiny = make_tiny(tmp_path / "base", **changes)
+    tiny = make_tiny(tmp_path / "base", family, **changes)
     quant = QuantConfig(kind=kind)  # type: ignore[arg-type]
     spec, adapter = tiny.decoder.spec, adapted(tiny, **settings)
     seen = MergedBase(tiny.base, spec, adapter, dtype, quant)
@@ -330,7 +339,7 @@ def test_what_is_looked_at_before_writing_is_what_is_written(
     )
     if kind == "nf4":
         plain = MergedBase(tiny.base, spec, adapter, dtype, QuantConfig())
-        name = "model.layers.0.mlp.up_proj.weight"
+        name = next(name for name in seen.tensors if name.endswith(("mlp.up_proj.weight", "c_fc.weight")))
         assert bytes(plain.raw(name)) != bytes(seen.raw(name))
 
 
@@ -430,6 +439,50 @@ def test_the_share_of_unchanged_weights_is_exact(tmp_path: Path) -> None:
     assert merge(tiny.base, tiny.decoder.spec, one, tmp_path / "b", dtype="fp32").unchanged == 1
     none = merge(tiny.base, tiny.decoder.spec, Given(spec, {}), tmp_path / "c", dtype="fp32")
     assert (none.adapted, none.unchanged) == (0, 0)
+
+
+def test_the_architecture_is_written_where_the_base_does_not_name_it(tmp_path: Path) -> None:
+    for family, name in (("gpt2", "GPT2LMHeadModel"), ("qwen3_moe", "Qwen3MoeForCausalLM")):
+        tiny = make_tiny(tmp_path / family, family)
+        tiny.base.config["architectures"] = None
+        seen = MergedBase(tiny.base, tiny.decoder.spec, adapted(tiny, r=1), "fp32", QuantConfig())
+        assert seen.config["architectures"] == [name]
+
+
+def test_weights_are_given_in_the_order_asked_for(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "base")
+    spec, adapter = tiny.decoder.spec, adapted(tiny, r=1)
+    names = sorted(tiny.base.tensors, reverse=True)
+    counts = {"adapted": 0, "same": 0, "numbers": 0}
+    given = merged_tensors(tiny.base, spec, adapter, torch.float32, counts, names=names)
+    assert [name for name, _ in given] == names
+
+
+def test_a_head_that_stands_for_the_pair_without_its_embedding_is_refused(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "base", **TIED)
+    spec = dataclasses.replace(adapted(tiny, r=1).spec, tie=True)
+    head = tiny.hf.get_input_embeddings().weight.detach() + 1
+    with pytest.raises(AdapterError, match=r"the first `lm_head\.weight`"):
+        merge(
+            tiny.base,
+            tiny.decoder.spec,
+            Given(spec, {"lm_head.weight": head}),
+            tmp_path / "a",
+            dtype="fp32",
+        )
+
+
+def test_one_modules_weight_with_its_update(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "base")
+    assert not untied(tiny.decoder.spec, adapted(tiny, r=2, target_modules=["lm_head"]))
+    tiny = make_tiny(tmp_path / "other")
+    adapter = adapted(tiny, r=2, alpha=6)
+    module = "model.layers.0.mlp.up_proj"
+    weight = tiny.hf.get_submodule(module).weight.detach()
+    a, b = (adapter.tensors[f"{module}.lora_{side}.weight"].detach() for side in "AB")
+    found = updated(tiny.decoder.spec, module, weight, adapter)
+    assert found is not None
+    torch.testing.assert_close(found, weight + 3.0 * (b @ a))
 
 
 def test_half_an_update_is_refused_and_other_tensors_of_the_base_are_left(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorimer.config import LoraConfig, TrainConfig
 from lorimer.errors import ConfigError, StorageError
@@ -157,6 +158,94 @@ def test_another_format_is_refused(base: Any, tmp_path: Path, change: dict[str, 
     ) as caught:
         read_progress(path)
     assert caught.value.path == str(path)
+
+
+def test_a_run_that_has_counted_nothing_yet_comes_back(base: Any, tmp_path: Path) -> None:
+    """Zeros, and a loss that rounding took below zero."""
+    path = save(RunFolder(tmp_path), 0, trained(base, 1), best_loss=-1e-9)
+    assert read_progress(path) == Progress(best_loss=-1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "it is not JSON: "),
+        ("[" * 100_000, "it is not JSON: "),
+        ("[3]", "it is not a JSON object"),
+        ({"tokens": 1.5}, "`tokens` is 1.5 (wanted: int)"),
+        ({"tokens": -1}, "`tokens` is -1 (wanted: int)"),
+        ({"tokens": True}, "`tokens` is True (wanted: int)"),
+        ({"tokens": None}, "`tokens` is None (wanted: int)"),
+        ({"elapsed": "1"}, "`elapsed` is '1' (wanted: float)"),
+        ({"elapsed": float("inf")}, "`elapsed` is inf (wanted: float)"),
+        ({"elapsed": float("nan")}, "`elapsed` is nan (wanted: float)"),
+        ({"elapsed": 10**400}, f"`elapsed` is {10**400} (wanted: float)"),
+        ({"best_loss": False}, "`best_loss` is False (wanted: float | None)"),
+        ({"best_step": -2}, "`best_step` is -2 (wanted: int | None)"),
+        ({"data_hash": 7}, "`data_hash` is 7 (wanted: str)"),
+        ({"data_hash": None}, "`data_hash` is None (wanted: str)"),
+        ({"step": 2}, "`step` is 2, and the folder is step-000001"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:20],
+)
+def test_a_state_without_sense_is_refused(
+    base: Any, tmp_path: Path, text: str | dict[str, Any], said: str
+) -> None:
+    path = save(RunFolder(tmp_path), 1, trained(base, 1))
+    state = path / "state.json"
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(state.read_text(encoding="utf-8")) | text)
+    state.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_progress(path)
+    assert caught.value.problem.startswith(f"the checkpoint cannot be used: {said}")
+    assert caught.value.path == str(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, "is missing"),
+        (lambda found: found[:-1], "is torch.float32 [{less}]"),
+        (lambda found: found.double(), "is torch.float64 [{size}]"),
+    ],
+    ids=["missing", "shape", "type"],
+)
+def test_an_optimizers_state_that_does_not_fit_is_refused(
+    base: Any, tmp_path: Path, change: Any, said: str
+) -> None:
+    first, other = trained(base, 3), trained(base, 1)
+    path = save(RunFolder(tmp_path), 3, first)
+    file = path / "optimizer.safetensors"
+    kept = load_file(file)
+    name = max(kept, key=lambda name: kept[name].numel())
+    size = kept[name].numel()
+    found = kept.pop(name)
+    save_file(kept | ({} if change is None else {name: change(found)}), file)
+    before = {name: value.clone() for name, value in other[2].state().items()}
+    with pytest.raises(ConfigError) as caught:
+        restore(path, other[1], other[2])
+    assert caught.value.problem == (
+        f"the checkpoint cannot be used: `{name}` {said.format(size=size, less=size - 1)} "
+        f"(wanted: torch.float32 [{size}])"
+    )
+    assert caught.value.path == str(file)
+    assert all(torch.equal(before[name], value) for name, value in other[2].state().items())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_an_optimizers_state_that_is_not_finite_is_refused(base: Any, tmp_path: Path, value: str) -> None:
+    first, other = trained(base, 3), trained(base, 1)
+    path = save(RunFolder(tmp_path), 3, first)
+    file = path / "optimizer.safetensors"
+    kept = load_file(file)
+    name = max(kept, key=lambda name: kept[name].numel())
+    kept[name][-1] = float(value)
+    save_file(kept, file)
+    with pytest.raises(ConfigError) as caught:
+        restore(path, other[1], other[2])
+    assert caught.value.problem == f"the checkpoint cannot be used: `{name}` holds NaN or infinity"
+    assert caught.value.path == str(file)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(base: Any, tmp_path: Path) -> None:

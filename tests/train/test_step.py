@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -252,6 +253,29 @@ def test_a_gradient_that_is_not_finite_names_step_rows_and_the_last_parameter(
     where = f"; the first that is not finite comes from `{names[5]}`" if named else ""
     assert caught.value.problem == f"the gradient's norm is inf at step 5, in rows [1]; rows [0]{where}"
     assert torch.equal(adapter.flat, before)
+
+
+@pytest.mark.parametrize(("given", "tried"), [(None, [1.0]), (1.0, [1.0]), (4.0, [4.0, 2.0, 1.0])])
+def test_the_scale_is_halved_down_to_one(
+    base: Any, monkeypatch: pytest.MonkeyPatch, given: float | None, tried: list[float]
+) -> None:
+    decoder, _, optimizer = parts(base)
+    seen: list[float] = []
+    monkeypatch.setattr(optimizer, "step", lambda rate, scale: seen.append(scale) or float("inf"))
+    packs = split_into_packs(examples([20, 31]), 31)
+    settings = {} if given is None else {"scale": given}
+    with pytest.raises(DivergenceError):
+        train_step(decoder, optimizer, packs, step=4, learning_rate=1.0, **settings)
+    assert seen == tried
+
+
+def test_a_row_of_which_nothing_is_trained_has_no_loss(base: Any) -> None:
+    decoder, _, optimizer = parts(base)
+    rows = examples([20, 31])
+    rows[1] = replace(rows[1], trained=np.zeros(31, dtype=bool))
+    result = train_step(decoder, optimizer, [make_pack(rows, [0, 1])], step=0, learning_rate=0.0)
+    assert result.row_losses[0] > 1
+    assert result.row_losses[1] == 0
 
 
 def test_a_gradient_is_finite_where_all_of_it_is_or_there_is_none() -> None:

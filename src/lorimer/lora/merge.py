@@ -122,7 +122,7 @@ def merge(
             (folder / name).write_bytes(content)
 
     write_folder(out, fill, manifest=False)
-    unchanged = counts["same"] / max(1, counts["numbers"])
+    unchanged = counts["same"] / counts["numbers"] if counts["numbers"] else 0.0
     return MergeReport(out, dtype, counts["tensors"], counts["adapted"], counts["bytes"], unchanged)
 
 

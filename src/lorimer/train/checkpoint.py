@@ -11,7 +11,7 @@ Order, learning rate and dropout are functions of (seed, step), so they need no 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -114,13 +114,14 @@ def read_progress(path: Path) -> Progress:
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Whether a value of JSON is what a field of Progress holds; numbers count up from 0."""
+    """Whether a value of JSON is what a field of Progress holds: a finite float, an integer from 0 on."""
     if value is None:
         return kind.endswith("None")
     if kind.startswith("str"):
         return isinstance(value, str)
-    kinds = (int, float) if kind.startswith("float") else (int,)
-    return type(value) in kinds and (kind.startswith("float") or value >= 0) and math.isfinite(value)
+    if kind.startswith("float"):
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is int and value >= 0
 
 
 def _unusable(path: Path, what: str) -> ConfigError:
