@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -232,6 +233,11 @@ def verify_folder(path: Path) -> str | None:
     # One that is hidden is the system's or an editor's, and is never read.
     others = sorted(name for name in there - {MANIFEST, *listed} if not name.startswith("."))
     return f"{others[0]} is not in the manifest" if others else None
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON can be computed with: no bool, no NaN, no integer beyond every float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def sha256(path: Path) -> str:

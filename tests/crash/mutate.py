@@ -219,6 +219,8 @@ def main() -> int:
             bad += bool(found)
             for text in found:
                 print(f"input {number}, {name}: {text}", flush=True)
+            if sum(counts.values()) % 500 == 0:
+                print(f"{sum(counts.values())} inputs, {bad} went wrong", flush=True)
     print(f"{sum(counts.values())} inputs, {bad} went wrong, {time.perf_counter() - began:.0f} s")
     return int(bad > 0)
 

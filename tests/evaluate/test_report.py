@@ -268,6 +268,20 @@ def _texts_only(run: RunFolder) -> None:
     run.samples.write_text("", encoding="utf-8")
 
 
+def _no_clock(run: RunFolder) -> None:
+    write_lines(run.metrics, [step(number, seconds=0) for number in range(1, 41)])
+
+
+def _damaged(run: RunFolder) -> None:
+    """Lines that no step writes are left out, as are times that are none."""
+    odd: list[dict[str, Any]] = [
+        step(7, seconds="x"), step(8, tokens=None), step(9, loss=[]), step(10, seconds=10**400),
+        step(11, loss=float("nan")), {"loss": 1.0}, step(12) | {"step": "12"},
+    ]  # fmt: skip
+    write_lines(run.metrics, [step(1), *odd, step(2)])
+    run.update_record(peak_memory_bytes="x", eval_seconds={}, load_seconds=True)
+
+
 LACKS: dict[str, tuple[Any, list[str], list[str]]] = {
     "no test rows": (_no_test, ["kept no rows aside", "data.test_fraction"], ["won / lost", "changed"]),
     "no validation": (_no_valid, ["training loss"], ["validation loss"]),
@@ -283,6 +297,8 @@ LACKS: dict[str, tuple[Any, list[str], list[str]]] = {
     "nothing at all": (_nothing, ["home", "no step was finished", "unknown"], ["What next", "None"]),
     "before the first step": (_before_the_first_step, ["No step was finished", "after step 0"], ["Tokens"]),
     "files cut short": (_cut_short, ["cannot be compared", "training loss"], ["won / lost"]),
+    "steps of no time": (_no_clock, ["0 s in 40 steps", "not measured"], []),
+    "damaged lines": (_damaged, ["20 s in 2 steps", "3.00 GiB at most"], ["to load", "to evaluate"]),
     "the same answers": (_same_answers, ["No answer changed.", "no difference"], ["no questions"]),
     "texts without questions": (_texts_only, ["nothing was answered", "0 of them"], ["exact_match"]),
 }  # fmt: skip

@@ -23,7 +23,7 @@ from lorimer.evaluate.run import Change, Comparison, Scores, compare_scores, rea
 from lorimer.evaluate.show import change_text, interval_text, sentences, value_text
 from lorimer.evaluate.text import METRICS
 from lorimer.run import RunFolder
-from lorimer.storage import write_file
+from lorimer.storage import is_number, write_file
 
 if TYPE_CHECKING:
     from lorimer.evaluate.compare import Difference
@@ -73,11 +73,15 @@ def render_report(run: RunFolder) -> str:
 
 def page(run: RunFolder) -> dict[str, Any]:
     """What the template shows."""
-    record = run.read_record()
+    record = {key: value for key, value in run.read_record().items() if _is_sound(key, value)}
     info = record["info"] if isinstance(record.get("info"), dict) else {}
-    lines = read_lines(run.metrics)
-    steps = [line for line in lines if _is_number(line.get("loss"))]
-    valid = [line for line in lines if _is_number(line.get("valid_loss"))]
+    lines = [
+        line
+        for line in read_lines(run.metrics)
+        if all(isinstance(value, bool) or is_number(value) for value in line.values()) and "step" in line
+    ]
+    steps = [line for line in lines if "loss" in line]
+    valid = [line for line in lines if "valid_loss" in line]
     proof = _proof(run, record, info)
     changes = read_changes(run)[:ANSWERS] if proof.comparison else []
     state, status = _status(record, info, steps)
@@ -135,8 +139,9 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_sound(key: str, value: object) -> bool:
+    """Times and sizes of run.json are numbers."""
+    return is_number(value) if key.endswith(("_seconds", "_bytes")) else True
 
 
 def _proof(run: RunFolder, record: dict[str, Any], info: dict[str, Any]) -> Proof:
@@ -209,14 +214,16 @@ def _spent(record: dict[str, Any], info: dict[str, Any], steps: list[dict[str, A
     for key, words in others.items():
         if record.get(f"{key}_seconds"):
             times.append(f"{duration(record[f'{key}_seconds'])} {words}")
-    speed = [
-        f"{sums[name] / seconds:,.{digits}f} {name} a second"
-        for name, digits in (("tokens", 0), ("rows", 1))
-    ]
+    speed = ["not measured"]
+    if seconds > 0:
+        speed = [
+            f"{sums[name] / seconds:,.{digits}f} {name} a second"
+            for name, digits in (("tokens", 0), ("rows", 1))
+        ]
     return [
         ("tokens", tokens),
         ("time", times),
-        ("speed", speed if seconds else ["not measured"]),
+        ("speed", speed),
         ("memory", [f"{peak / GIB:.2f} GiB at most"]),
     ]
 
@@ -281,7 +288,7 @@ def _commands(run: RunFolder, state: str, changes: Sequence[Change], *, proved: 
 
 
 def _points(lines: list[dict[str, Any]], key: str) -> list[Point]:
-    return [(line["step"], line[key]) for line in lines if _is_number(line.get(key))]
+    return [(line["step"], line[key]) for line in lines if key in line]
 
 
 def _loss_chart(steps: list[dict[str, Any]], valid: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ Order, learning rate and dropout are functions of (seed, step), so they need no 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from lorimer.errors import ConfigError, StorageError
 from lorimer.lora.adapter import read_adapter
 from lorimer.lora.layers import Adapter
 from lorimer.run import STEP, RunFolder
-from lorimer.storage import remove_folder, verify_folder, write_folder, write_tensors
+from lorimer.storage import is_number, remove_folder, verify_folder, write_folder, write_tensors
 from lorimer.train.optimizer import Optimizer
 
 FORMAT = 2  # 1 had the optimizer's numbers in another order
@@ -120,7 +119,7 @@ def _fits(value: Any, kind: str) -> bool:
     if kind.startswith("str"):
         return isinstance(value, str)
     if kind.startswith("float"):
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return is_number(value)
     return type(value) is int and value >= 0
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any, Protocol
 
 import torch
 
-from lorimer.storage import storage_errors, write_file
+from lorimer.storage import is_number, storage_errors, write_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +104,22 @@ def _step_of(line: str) -> int:
     """The step of a line; one that a crash cut short, or that is damaged, counts as one to drop."""
     try:
         value = json.loads(line)
-        numbers = [value[key] for key in ("loss", "valid_loss") if key in value]
-        rows, losses = value.get("rows"), value.get("losses")
-        if isinstance(losses, list):  # of row_losses.jsonl
-            numbers += losses
-            if not isinstance(rows, list) or len(rows) != len(losses):
+        step, _ = value["step"], value.pop("best", None)
+        lists = {name: numbers for name, numbers in value.items() if isinstance(numbers, list)}
+        numbers = [number for name, number in value.items() if name not in lists]
+        if lists:  # of row_losses.jsonl
+            numbers += [*lists["rows"], *lists["losses"]]
+            if len(lists) != 2 or len(lists["rows"]) != len(lists["losses"]):
                 return sys.maxsize
-            numbers += rows
-        sound = type(value["step"]) is int and "\ufffd" not in line
-        return value["step"] if sound and all(map(_is_number, numbers)) else sys.maxsize
+        sound = type(step) is int and "\ufffd" not in line
+        return step if sound and all(map(_was_measured, numbers)) else sys.maxsize
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return sys.maxsize
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+def _was_measured(value: Any) -> bool:
+    """A validation loss may have been NaN."""
+    return type(value) is float or is_number(value)
 
 
 def peak_memory(device: torch.device) -> int:
