@@ -30,7 +30,7 @@ test: $(VENV)/.installed-test
 	$(RUN)/ruff check
 	$(RUN)/mypy
 	$(RUN)/python docs/generate.py --check
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/lorimer pull smollm2-135m
