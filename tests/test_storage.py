@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from lorimer.storage import (
     clear_staged,
     explain,
     free_bytes,
+    is_number,
     make_folder,
     remove_folder,
     verify_folder,
@@ -229,6 +231,18 @@ def test_a_file_that_the_manifest_does_not_list_is_found(tmp_path: Path) -> None
     for name in ("z.bin", "more"):
         (folder / name).touch()
         assert verify_folder(folder) == f"{name} is not in the manifest"
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        *((0, True), (-2.5, True), (sys.float_info.max, True), (10**308, True)),
+        *((10**309, False), (math.inf, False), (-math.inf, False), (math.nan, False)),
+        *((True, False), (None, False), ("1", False), ([1], False)),
+    ],
+)  # fmt: skip
+def test_what_a_number_is(value: object, number: bool) -> None:
+    assert is_number(value) is number
 
 
 def test_every_flipped_digit_of_the_manifest_is_found(tmp_path: Path) -> None:
