@@ -72,5 +72,9 @@ CASES = [
     # tokenizer_config.json
     Case("settings that are a list", put(CONFIG, "[]"), ("tokenizer_config.json: this should be a JSON object", "Copy")),
     Case("settings that are cut off", put(CONFIG, '{"eos_token": '), ("tokenizer_config.json: this is not JSON", "Copy")),
+    Case("an end of turn that is a number", put(CONFIG, '{"eos_token": 2}'), ("tokenizer_config.json: `eos_token` is 2 (wanted: a text)", "Copy")),
+    Case("an end of turn without its text", put(CONFIG, '{"eos_token": {"lstrip": false}}'), ("tokenizer_config.json: `eos_token` is", "(wanted: a text)")),
+    Case("a begin that is a list", put("base/special_tokens_map.json", '{"bos_token": ["a"]}'), ("special_tokens_map.json: `bos_token` is", "(wanted: a text)")),
+    Case("a word for true or false", put(CONFIG, '{"add_bos_token": "false"}'), ("tokenizer_config.json: `add_bos_token` is", "(wanted: true or false)")),
     Case("half of an emoji in a token", put(CONFIG, '{"eos_token": "\\ud800"}'), ("tokenizer_config.json: this is not JSON", "Copy")),
 ]  # fmt: skip

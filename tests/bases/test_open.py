@@ -254,7 +254,8 @@ TEMPLATES = [
         "d",
     ),
     ({"chat_template": [{"name": "rag", "template": "r"}]}, None, None),
-    ({"chat_template": 5}, None, None),
+    ({"chat_template": None}, None, None),
+    ({"chat_template": 5}, "from its own file", "from its own file"),
     ({"chat_template": "plain"}, "from its own file", "from its own file"),
 ]
 
@@ -267,6 +268,37 @@ def test_where_the_chat_template_comes_from(
     if file is not None:
         write(folder, "chat_template.jinja", file)
     assert open_base(folder).chat_template == wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "said"),
+    [
+        ("tokenizer_config.json", {"chat_template": 5}, "`chat_template` is 5 (wanted: a text, or a list"),
+        ("tokenizer_config.json", {"eos_token": 2}, "`eos_token` is 2 (wanted: a text)"),
+        ("special_tokens_map.json", {"pad_token": []}, "`pad_token` is [] (wanted: a text)"),
+        ("tokenizer_config.json", {"unk_token": {"content": 1}}, '`unk_token` is {"content": 1} (wanted'),
+        ("tokenizer_config.json", {"add_bos_token": 1}, "`add_bos_token` is 1 (wanted: true or false)"),
+        (
+            "tokenizer_config.json",
+            {"add_eos_token": {"content": "a"}},
+            '`add_eos_token` is {"content": "a"}',
+        ),
+    ],
+)
+def test_settings_of_a_tokenizer_of_another_kind_are_refused(
+    folder: Path, file: str, settings: dict[str, Any], said: str
+) -> None:
+    write(folder, file, settings)
+    with pytest.raises(BaseError) as caught:
+        open_base(folder)
+    assert caught.value.problem.startswith(said)
+    assert caught.value.path == str(folder / file)
+
+
+def test_a_token_is_a_text_or_holds_one(folder: Path) -> None:
+    tokens = {"bos_token": "a", "eos_token": {"content": "b"}, "pad_token": None, "add_bos_token": False}
+    write(folder, "tokenizer_config.json", tokens)
+    assert open_base(folder).tokenizer_config == tokens
 
 
 ENDS = [

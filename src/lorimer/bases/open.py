@@ -25,6 +25,11 @@ SAMPLE = 4096
 SMALL_FILE = 64_000_000  # no tokenizer.json or config is larger
 # Keys that would run code from the model's folder, or change how it is computed, elsewhere.
 IGNORED = ("auto_map", "trust_remote_code", "_attn_implementation", "_attn_implementation_internal")
+# What a tokenizer's settings hold: the kind, in Python and in words.
+SETTINGS: dict[str, tuple[type, str]] = {
+    **{f"{role}_token": (str, "a text") for role in ("bos", "eos", "pad", "unk")},
+    **{f"add_{role}_token": (bool, "true or false") for role in ("bos", "eos")},
+}
 # Keys of a config that change what the same weights compute.
 COMPUTES = (
     "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
@@ -136,7 +141,9 @@ class FolderBase(BaseFiles):
         self.config = {key: value for key, value in text_part(whole).items() if key not in IGNORED}
         self.brings_code = "auto_map" in whole
         self.generation_config = self._json("generation_config.json")
-        self.tokenizer_config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
+        self.tokenizer_config = self._settings("special_tokens_map.json") | self._settings(
+            "tokenizer_config.json"
+        )
         self.tokenizer_json = self._text("tokenizer.json")
         self.chat_template = self._text("chat_template.jinja") or self._template()
         self._files: dict[str, SafetensorsFile] = {}
@@ -193,9 +200,24 @@ class FolderBase(BaseFiles):
             raise BaseError("this should be a JSON object", fix=COPY, path=self.path / name)
         return value
 
+    def _settings(self, name: str) -> dict[str, Any]:
+        """A tokenizer's. One of the wrong kind would be as if it were not there: no end of turn, no BOS."""
+        found = self._json(name)
+        for key, (kind, words) in SETTINGS.items():
+            value = found.get(key)
+            if value is None or isinstance(value, kind):
+                continue
+            if kind is not str or not isinstance(value, dict) or not isinstance(value.get("content"), str):
+                said = f"`{key}` is {json.dumps(value)[:80]} (wanted: {words})"
+                raise BaseError(said, fix=COPY, path=self.path / name)
+        return found
+
     def _template(self) -> str | None:
         """tokenizer_config.json holds one template, or a list of named ones."""
         value = self.tokenizer_config.get("chat_template")
+        if not isinstance(value, str | list | None):
+            said = f"`chat_template` is {json.dumps(value)[:80]} (wanted: a text, or a list of named ones)"
+            raise BaseError(said, fix=COPY, path=self.path / "tokenizer_config.json")
         if isinstance(value, list):
             named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
             value = named.get("default")
