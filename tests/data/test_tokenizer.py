@@ -31,7 +31,6 @@ from data.hard_strings import (
 )
 from gguf_files import write_vocabulary
 from lorimer.bases.open import open_base
-from lorimer.bases.store import kept_path
 from lorimer.data.cuts import CUTS
 from lorimer.data.tokenizer import Piece, Tokenizer
 from lorimer.data.vocabulary import NORMAL
@@ -85,16 +84,9 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     )
 
 
-def smollm2() -> Tokenizer:
-    kept = kept_path("smollm2-135m")
-    if kept is None:
-        pytest.skip("the base smollm2-135m is not kept on this machine")
-    return Tokenizer.from_base(open_base(kept))
-
-
-def test_smollm2_from_gguf_gives_the_ids_of_transformers() -> None:
+def test_smollm2_from_gguf_gives_the_ids_of_transformers(smollm2: Path) -> None:
     """The fixture is written by fixtures/make_smollm2_ids.py."""
-    tokenizer = smollm2()
+    tokenizer = Tokenizer.from_base(open_base(smollm2))
     wanted = json.loads(FIXTURE.read_text(encoding="utf-8"))
     assert [row["text"] for row in wanted] == HARD
     for row in wanted:
@@ -538,14 +530,12 @@ def test_two_processes_hide_control_tokens_under_different_names() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_smollm2_live_against_transformers() -> None:
+def test_smollm2_live_against_transformers(smollm2: Path) -> None:
     """One text of the fixture, from the file itself."""
     from transformers import AutoTokenizer
 
-    kept = kept_path("smollm2-135m")
-    tokenizer = smollm2()
-    assert kept is not None
-    theirs = AutoTokenizer.from_pretrained(kept.parent, gguf_file=kept.name)
+    tokenizer = Tokenizer.from_base(open_base(smollm2))
+    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     for text in PLAIN[:20]:
         if not any(map(str.isdigit, text)):
             assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)

