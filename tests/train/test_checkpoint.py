@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -141,6 +142,28 @@ def test_the_newest_whole_one_is_found_and_damage_is_said(base: Any, tmp_path: P
         (run.checkpoint(step) / "manifest.json").unlink()
     assert newest_checkpoint(run, said.append) is None
     assert len(said) == 4
+
+
+@pytest.mark.trap(63)
+def test_200_damages_of_each_file_are_found_before_it_is_used(base: Any, tmp_path: Path) -> None:
+    """A bit is flipped, or the file cut. Of the manifest: from its list on; its last byte ends a line."""
+    run, random = RunFolder(tmp_path), Random(0)
+    path = save(run, 1, trained(base, 1))
+    names = sorted(file.name for file in path.iterdir())
+    assert len(names) >= 6
+    for name in names:
+        file = path / name
+        whole = file.read_bytes()
+        first = whole.index(b'"files"') if name == "manifest.json" else 0
+        for number in range(200):
+            at = random.randrange(first, len(whole) - 1)
+            flipped = bytes([whole[at] ^ 1 << random.randrange(8)])
+            file.write_bytes(whole[:at] + (flipped + whole[at + 1 :] if number % 4 else b""))
+            said: list[str] = []
+            assert newest_checkpoint(run, said.append) is None, (name, at)
+            assert len(said) == 1
+        file.write_bytes(whole)
+    assert newest_checkpoint(run, no_words) == path
 
 
 @pytest.mark.parametrize(
