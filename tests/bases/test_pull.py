@@ -355,3 +355,9 @@ def test_two_that_pull_one_base_do_not_meet(wheels: Path, monkeypatch: pytest.Mo
         thread.join(60)
     assert said == ["another process pulls tiny: waiting for it"]
     assert (len(fetched), len(set(paths)), len(paths)) == (1, 1, 2)
+
+
+def test_a_name_that_may_not_be_kept_makes_no_folder(wheels: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseError):
+        pull("../x")
+    assert not (tmp_path / "home").exists()

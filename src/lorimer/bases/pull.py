@@ -94,7 +94,9 @@ def pull(name: str, say: Say = lambda text: None) -> Path:
 def _alone(name: str, say: Say) -> Iterator[None]:
     """Two that pull one base would write the same files. The system gives the lock back when its holder
     ends, however that is."""
-    lock = make_folder(home() / "downloads") / f".{folder_of(name).name}.lock"
+    # A name that may not be kept is refused before a folder is made.
+    file_name = f".{folder_of(name).name}.lock"
+    lock = make_folder(home() / "downloads") / file_name
     with storage_errors(lock):
         file = lock.open("a", encoding="utf-8")
     with file:
