@@ -138,6 +138,13 @@ BAD = {
     "Python's notation": ("a.jsonl", b"{'text': 'a'}\n", 1, "single quotes", ""),
     "key twice": ("a.jsonl", b'{"text": "a", "text": "b"}\n', 1, "`text` is there twice", "Keep one"),
     "key twice inside": ("a.json", b'[\n{"m": [{"role": 1, "role": 2}]}]', 2, "`role` is there twice", ""),
+    "no closing brace": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b"\n',
+        2,
+        "delimiter at column 13, found the end",
+        "",
+    ),
     "NaN": ("a.jsonl", b'{"text": NaN}\n', 1, "NaN is not JSON", "null"),
     "-Infinity": ("a.jsonl", b'{"text": -Infinity}\n', 1, "-Infinity is not JSON", ""),
     "half an emoji": ("a.jsonl", b'{"text": "\\ud83d"}\n', 1, "\\ud83d is half of a character", "emoji"),

@@ -47,6 +47,7 @@ def skip_space(text: str, position: int) -> int:
 
 def one_value(text: str) -> Any:
     """The only value in the text."""
+    text = text.rstrip("\r\n")  # else an end that is missing would be at column 1 of the line after it
     value, end = value_at(text, skip_space(text, 0))
     if skip_space(text, end) != len(text):
         rest = text[end : end + 20].strip()
